@@ -1,0 +1,87 @@
+"""The Method protocol, and the registry that finds methods by entry point."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import nn
+
+from iasvit.errors import IasvitError
+from iasvit.progress import Progress
+from iasvit.spec import QuantSpec
+
+GROUP = "iasvit.methods"
+Calibration = torch.Tensor | Iterable[torch.Tensor]
+
+
+@runtime_checkable
+class Method(Protocol):
+    """What a quantization method implements; its options are the fields of its dataclass (`seed` among them).
+
+    Registered in a package's metadata, so that any installed package may add one:
+
+        [project.entry-points."iasvit.methods"]
+        my_method = "my_package.my_module:MyMethod"
+    """
+
+    name: str
+
+    def quantize(
+        self, model: nn.Module, calibration: Calibration, spec: QuantSpec, progress: Progress
+    ) -> nn.Module:
+        """A quantized copy of `model`, which is left untouched; calibration is N×3×H×W images or batches of them."""
+        ...
+
+
+def _entries() -> dict[str, EntryPoint]:
+    return {entry.name: entry for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name)}
+
+
+def list_methods() -> list[str]:
+    """Names of all registered methods, sorted."""
+    return list(_entries())
+
+
+def split_variant(name: str) -> tuple[str, dict[str, bool]]:
+    """"ias_vit[-sulq-sos]" → ("ias_vit", {"sulq": False, "sos": False}): a method with ingredients switched off.
+
+    Raises:
+        IasvitError: the brackets hold anything but -ingredient, once or more.
+    """
+    match = re.fullmatch(r"(\w+)(?:\[((?:-\w+)+)\])?", name)
+    if match is None:
+        raise IasvitError(f"method {name!r} is neither a name nor a name[-ingredient...], such as ias_vit[-sulq]")
+    off = (match[2] or "").split("-")[1:]
+    return match[1], dict.fromkeys(off, False)
+
+
+def get_method(name: str, **options: Any) -> Method:
+    """The method of that name with these options.
+
+    Raises:
+        IasvitError: no such method, or an option that it does not know; the message lists what exists.
+    """
+    base, switches = split_variant(name)
+    entries = _entries()
+    if base not in entries:
+        raise IasvitError(f"method {base!r} is not registered; registered are {', '.join(entries)}")
+    method_class = entries[base].load()
+    known = method_options(base)
+    for option in (*options, *switches):
+        if option not in known:
+            raise IasvitError(f"method {base!r} has no option {option!r}; it knows {', '.join(known)}")
+    return method_class(**options, **switches)
+
+
+def method_options(name: str) -> list[str]:
+    """The options that a method takes, by name: the fields of its dataclass."""
+    base, _ = split_variant(name)
+    entries = _entries()
+    if base not in entries:
+        raise IasvitError(f"method {base!r} is not registered; registered are {', '.join(entries)}")
+    return [field.name for field in dataclasses.fields(entries[base].load()) if field.init]

@@ -1,0 +1,99 @@
+"""Progress of long work: phases and their seconds, a bar or plain lines, and a journal to resume from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+
+class Progress:
+    """Handed to `Method.quantize`: what a method reports to, and, where a folder is given, resumes from.
+
+    Args:
+        label: what the work is, shown at the start of each line.
+        journal: folder for resume files, or None to keep nothing. One cell, one folder.
+        quiet: print nothing.
+
+    Attributes:
+        seconds: phase name → seconds spent in it so far, those before an interruption included.
+    """
+
+    LINE_EVERY = 20.0  # seconds between plain lines when standard error is no terminal
+
+    def __init__(self, label: str = "", journal: Path | None = None, quiet: bool = True) -> None:
+        self.label = label
+        self.journal = journal
+        self.quiet = quiet
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str, total: int = 0) -> Iterator[tqdm]:
+        """Time a phase and show its bar; `update(n)` on what it yields moves the bar towards `total`."""
+        terminal = sys.stderr.isatty()
+        bar = tqdm(
+            total=total or None,
+            desc=f"{self.label} {name}".strip(),
+            disable=self.quiet,
+            mininterval=0.2 if terminal else self.LINE_EVERY,
+            ascii=not terminal,
+            ncols=None if terminal else 100,
+            leave=not terminal,
+            file=sys.stderr,
+        )
+        start = time.perf_counter()
+        try:
+            yield bar
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+            bar.close()
+
+    def save(self, step: int, state: dict[str, torch.Tensor]) -> None:
+        """Record that steps 0 … `step` are done, with the tensors to go on from. Atomic; the older record goes."""
+        if self.journal is None:
+            return
+        self.journal.mkdir(parents=True, exist_ok=True)
+        target = self.journal / "journal.safetensors"
+        beside = target.with_suffix(f".{os.getpid()}.tmp")
+        metadata = {"step": str(step), "seconds": json.dumps(self.seconds)}
+        try:
+            save_file({name: tensor.detach().contiguous().cpu() for name, tensor in state.items()}, beside, metadata)
+            os.replace(beside, target)
+        finally:
+            beside.unlink(missing_ok=True)
+
+    def restore(self) -> tuple[int, dict[str, torch.Tensor]] | None:
+        """The last record as (step, tensors), or None; the seconds spent before are added to this run's."""
+        if self.journal is None or not (self.journal / "journal.safetensors").is_file():
+            return None
+        try:
+            with safe_open(self.journal / "journal.safetensors", framework="pt") as file:
+                metadata = file.metadata()
+                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError):
+            return None  # cut off while it was written by a full disk: begin again
+        for name, seconds in json.loads(metadata["seconds"]).items():
+            self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+        return int(metadata["step"]), state
+
+    def discard(self) -> None:
+        """Forget the journal: the cell is done and its row is stored."""
+        if self.journal is not None:
+            (self.journal / "journal.safetensors").unlink(missing_ok=True)
+            if self.journal.is_dir():
+                self.journal.rmdir()
+
+
+def fingerprint(*parts: object) -> str:
+    """Sixteen hex digits of the parts' text: the key of a cell, the name of a journal."""
+    return hashlib.sha256("\x1f".join(str(part) for part in parts).encode()).hexdigest()[:16]

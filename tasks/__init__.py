@@ -1,0 +1,1 @@
+"""Task adapters: what a benchmark's data, models and metrics are. They know no method by name."""
