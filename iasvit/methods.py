@@ -31,9 +31,7 @@ class Method(Protocol):
 
     name: str
 
-    def quantize(
-        self, model: nn.Module, calibration: Calibration, spec: QuantSpec, progress: Progress
-    ) -> nn.Module:
+    def quantize(self, model: nn.Module, calibration: Calibration, spec: QuantSpec, progress: Progress) -> nn.Module:
         """A quantized copy of `model`, which is left untouched; calibration is N×3×H×W images or batches of them."""
         ...
 
@@ -48,7 +46,7 @@ def list_methods() -> list[str]:
 
 
 def split_variant(name: str) -> tuple[str, dict[str, bool]]:
-    """"ias_vit[-sulq-sos]" → ("ias_vit", {"sulq": False, "sos": False}): a method with ingredients switched off.
+    """Split "ias_vit[-sulq-sos]" into ("ias_vit", {"sulq": False, "sos": False}): ingredients that are off.
 
     Raises:
         IasvitError: the brackets hold anything but -ingredient, once or more.
@@ -60,28 +58,35 @@ def split_variant(name: str) -> tuple[str, dict[str, bool]]:
     return match[1], dict.fromkeys(off, False)
 
 
-def get_method(name: str, **options: Any) -> Method:
-    """The method of that name with these options.
+def load_method_class(name: str) -> type[Method]:
+    """The class that a method's entry point names.
 
     Raises:
-        IasvitError: no such method, or an option that it does not know; the message lists what exists.
+        IasvitError: no such method; the message lists what exists.
     """
-    base, switches = split_variant(name)
     entries = _entries()
-    if base not in entries:
-        raise IasvitError(f"method {base!r} is not registered; registered are {', '.join(entries)}")
-    method_class = entries[base].load()
-    known = method_options(base)
-    for option in (*options, *switches):
-        if option not in known:
-            raise IasvitError(f"method {base!r} has no option {option!r}; it knows {', '.join(known)}")
-    return method_class(**options, **switches)
+    if name not in entries:
+        raise IasvitError(f"method {name!r} is not registered; registered are {', '.join(entries)}")
+    return entries[name].load()
 
 
 def method_options(name: str) -> list[str]:
     """The options that a method takes, by name: the fields of its dataclass."""
     base, _ = split_variant(name)
-    entries = _entries()
-    if base not in entries:
-        raise IasvitError(f"method {base!r} is not registered; registered are {', '.join(entries)}")
-    return [field.name for field in dataclasses.fields(entries[base].load()) if field.init]
+    return [field.name for field in dataclasses.fields(load_method_class(base)) if field.init]
+
+
+def get_method(name: str, **options: Any) -> Method:
+    """The method of that name with these options; its attribute `variant` is the name as given.
+
+    Raises:
+        IasvitError: no such method, or an option that it does not know; the message lists what exists.
+    """
+    base, switches = split_variant(name)
+    known = method_options(base)
+    for option in (*options, *switches):
+        if option not in known:
+            raise IasvitError(f"method {base!r} has no option {option!r}; it knows {', '.join(known)}")
+    method = load_method_class(base)(**options, **switches)
+    method.variant = name
+    return method

@@ -36,26 +36,34 @@ class Progress:
         self.journal = journal
         self.quiet = quiet
         self.seconds: dict[str, float] = {}
+        self._inner: list[float] = []  # seconds of the phases inside each phase that is running
 
     @contextmanager
     def phase(self, name: str, total: int = 0) -> Iterator[tqdm]:
-        """Time a phase and show its bar; `update(n)` on what it yields moves the bar towards `total`."""
+        """Time a phase and show its bar; `update(n)` on what it yields moves the bar towards `total`.
+
+        A phase inside another counts for itself alone. One without a total shows no bar.
+        """
         terminal = sys.stderr.isatty()
         bar = tqdm(
-            total=total or None,
+            total=total,
             desc=f"{self.label} {name}".strip(),
-            disable=self.quiet,
+            disable=self.quiet or not total,
             mininterval=0.2 if terminal else self.LINE_EVERY,
             ascii=not terminal,
             ncols=None if terminal else 100,
             leave=not terminal,
             file=sys.stderr,
         )
+        self._inner.append(0.0)
         start = time.perf_counter()
         try:
             yield bar
         finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+            elapsed = time.perf_counter() - start
+            self.seconds[name] = self.seconds.get(name, 0.0) + elapsed - self._inner.pop()
+            if self._inner:
+                self._inner[-1] += elapsed
             bar.close()
 
     def save(self, step: int, state: dict[str, torch.Tensor]) -> None:

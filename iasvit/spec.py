@@ -67,7 +67,9 @@ class QuantSpec:
         """Raise IasvitError for an override that matches none of the layer names: a typing error would go unseen."""
         for glob, _, _ in self.overrides:
             if not any(fnmatchcase(name, glob) for name in names):
-                raise IasvitError(f"override {glob!r} matches no quantized layer; layers are {', '.join(names[:4])}, ...")
+                raise IasvitError(
+                    f"override {glob!r} matches no quantized layer; layers are {', '.join(names[:4])}, ..."
+                )
 
     @property
     def hash(self) -> str:

@@ -1,0 +1,188 @@
+"""Save and load quantized models: packed integer codes in one safetensors file, nothing pickled."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from iasvit.errors import IasvitError
+from iasvit.methods import list_methods, load_method_class, split_variant
+from iasvit.models import build, insert_quantizers
+from iasvit.nn import QuantConv2d, QuantLayer, QuantLinear
+from iasvit.quantizers import Quantizer
+from iasvit.spec import QuantSpec
+
+FORMAT = 1
+CODES = "weight_codes"
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How a quantized model was made; `iasvit.quantize` puts it on the model as `.quantization`.
+
+    Attributes:
+        method: name of the method.
+        spec: bit-widths, as text.
+        options: options given to the method.
+        architecture: what `iasvit.models.build` makes the unquantized model from.
+        data: what timm's `resolve_data_config` says of the images that the model takes.
+    """
+
+    method: str
+    spec: str
+    options: dict[str, Any]
+    architecture: dict[str, Any]
+    data: dict[str, Any] = field(default_factory=dict)
+
+
+def pack(codes: Tensor, n_bits: int) -> Tensor:
+    """Codes of n_bits bits, end to end, least significant bit first: any shape, uint8 → 1-D uint8.
+
+    The last byte is filled up with zeros; ceil(numel·n_bits / 8) bytes in all.
+    """
+    bits = codes.reshape(-1, 1).bitwise_right_shift(torch.arange(n_bits, dtype=torch.uint8, device=codes.device)) & 1
+    bits = bits.reshape(-1)
+    bits = torch.cat([bits, bits.new_zeros(-bits.numel() % 8)]).view(-1, 8)
+    weights = 2 ** torch.arange(8, dtype=torch.uint8, device=codes.device)
+    return (bits * weights).sum(dim=1, dtype=torch.uint8)
+
+
+def unpack(packed: Tensor, n_bits: int, shape: torch.Size) -> Tensor:
+    """The codes that `pack` packed, uint8 in this shape."""
+    bits = packed.view(-1, 1).bitwise_right_shift(torch.arange(8, dtype=torch.uint8, device=packed.device)) & 1
+    bits = bits.reshape(-1)[: shape.numel() * n_bits].view(-1, n_bits)
+    weights = 2 ** torch.arange(n_bits, dtype=torch.uint8, device=packed.device)
+    return (bits * weights).sum(dim=1, dtype=torch.uint8).view(shape)
+
+
+def _quant_layers(model: nn.Module) -> list[tuple[str, QuantLayer]]:
+    return [(name, m) for name, m in model.named_modules() if isinstance(m, (QuantLinear, QuantConv2d))]
+
+
+def packed_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict of a quantized model with packed codes in place of the weights that have a quantizer."""
+    state = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith("._extra_state")}
+    for name, layer in _quant_layers(model):
+        codes = layer.weight_quantizer.encode(layer.weight.detach())
+        del state[f"{name}.weight"]
+        state[f"{name}.{CODES}"] = pack(codes, layer.weight_quantizer.n_bits)
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+
+
+def packed_bytes(model: nn.Module) -> int:
+    """Bytes of the tensors that `save` writes."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in packed_state(model).values())
+
+
+def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write a quantized model to one safetensors file: codes packed to their bits, the rest in float32.
+
+    Args:
+        model: what `iasvit.quantize` returned.
+        path: where to write; the file is written beside and renamed.
+
+    Raises:
+        IasvitError: the model is not quantized, or the folder cannot be written.
+    """
+    quantization = getattr(model, "quantization", None)
+    if not isinstance(quantization, Quantization):
+        raise IasvitError(f"the {type(model).__name__} given to save is not quantized; save what quantize returned")
+    configs = {name: module.config() for name, module in model.named_modules() if isinstance(module, Quantizer)}
+    shapes = {name: list(layer.weight.shape) for name, layer in _quant_layers(model)}
+    header = {"format": FORMAT, **asdict(quantization), "quantizers": configs, "shapes": shapes}
+    path = Path(path)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        save_file(packed_state(model), beside, {"iasvit": json.dumps(header)})
+        os.replace(beside, path)
+    except (OSError, SafetensorError) as error:
+        raise IasvitError(f"{path} cannot be written: {error}") from error
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def load(path: str | os.PathLike[str]) -> nn.Module:
+    """Read what `save` wrote: a model, in eval mode on the CPU, whose outputs equal the saved one's to the bit.
+
+    Raises:
+        IasvitError: no such file, not a file of `save`, or one whose tensors do not fit (the message says which).
+    """
+    path = Path(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {})["iasvit"])
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError as error:
+        raise IasvitError(f"{path} does not exist; give a file that iasvit.save wrote") from error
+    except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
+        raise IasvitError(f"{path} is no quantized model; give a file that iasvit.save wrote") from error
+    if header["format"] != FORMAT:
+        raise IasvitError(f"{path} has format {header['format']}, but this version of iasvit reads format {FORMAT}")
+    spec = QuantSpec.parse(header["spec"])
+    configs = header["quantizers"]
+    classes = _quantizer_classes(header["method"])
+    model = insert_quantizers(build(header["architecture"]), spec, _Placeholder.of, _Placeholder.of)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, _Placeholder):
+            parent, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(parent), attribute, _quantizer(classes, configs, name, path))
+    for name, layer in _quant_layers(model):
+        shape = torch.Size(header["shapes"][name])
+        codes = unpack(state.pop(f"{name}.{CODES}"), layer.weight_quantizer.n_bits, shape)
+        state[f"{name}.weight"] = torch.zeros(shape)
+        layer.codes = codes
+    extra = {
+        f"{name}._extra_state": m.get_extra_state() for name, m in model.named_modules() if isinstance(m, Quantizer)
+    }
+    missing, unexpected = model.load_state_dict({**state, **extra}, strict=False)
+    if missing or unexpected:
+        raise IasvitError(f"{path} does not fit its architecture: {', '.join((missing + unexpected)[:4])}")
+    for _, layer in _quant_layers(model):
+        layer.weight.data.copy_(layer.weight_quantizer.decode(layer.codes))
+        del layer.codes
+    names = ("method", "spec", "options", "architecture", "data")
+    model.quantization = Quantization(**{name: header[name] for name in names})
+    return model.requires_grad_(False).eval()
+
+
+class _Placeholder(Quantizer):
+    """Stands where a quantizer goes until the file's configuration says which."""
+
+    kind = ""
+    parameters_ = ()
+
+    @classmethod
+    def of(cls, _: object) -> _Placeholder:
+        return cls(8)
+
+
+def _quantizer_classes(method: str) -> dict[str, type[Quantizer]]:
+    base, _ = split_variant(method)
+    if base in list_methods():
+        load_method_class(base)  # a third party's method brings its own quantizers
+    classes: dict[str, type[Quantizer]] = {}
+    stack = [Quantizer]
+    while stack:
+        for cls in stack.pop().__subclasses__():
+            stack.append(cls)
+            if cls is not _Placeholder:
+                classes[cls.kind] = cls
+    return classes
+
+
+def _quantizer(classes: dict[str, type[Quantizer]], configs: dict[str, Any], name: str, path: Path) -> Quantizer:
+    config = configs.get(name)
+    if config is None or config["kind"] not in classes:
+        kind = "none" if config is None else repr(config["kind"])
+        raise IasvitError(f"{path} has for {name!r} a quantizer of kind {kind}; known are {', '.join(sorted(classes))}")
+    quantizer = classes[config["kind"]](config["n_bits"])
+    quantizer.configure(config)
+    return quantizer

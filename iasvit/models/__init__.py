@@ -1,0 +1,19 @@
+"""Adapters: they make a model quantizable and name its segments and LayerNorm→Linear pairs.
+
+A method sees what an adapter returns (`Segment`, `NormLinearPair`, `Site`), never a class of timm or mmdet.
+"""
+
+from iasvit.models.base import NormLinearPair, Segment, Site, find_pairs, insert_quantizers
+from iasvit.models.registry import adapter_for, build, describe, segments
+
+__all__ = [
+    "NormLinearPair",
+    "Segment",
+    "Site",
+    "adapter_for",
+    "build",
+    "describe",
+    "find_pairs",
+    "insert_quantizers",
+    "segments",
+]

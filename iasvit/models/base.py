@@ -1,0 +1,145 @@
+"""What adapters have in common: sites, pairs, segments, and the insertion of quantizers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from iasvit.errors import IasvitError
+from iasvit.nn import QuantConv2d, QuantLayer, QuantLinear
+from iasvit.quantizers import Quantizer
+from iasvit.spec import QuantSpec
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place where a quantizer goes.
+
+    Attributes:
+        name: path of the layer or product in the model, "blocks.0.attn.qkv".
+        role: what is quantized. Weights: "weight". Inputs of layers: "norm" (a LayerNorm's output, of a pair that
+            reparameterization knows), "gelu" (post-GELU), "input" (any other). Inputs of products: "query", "key",
+            "softmax", "value".
+        n_bits: bits that the spec gives it.
+        layer: the Linear or Conv2d; None for products.
+    """
+
+    name: str
+    role: str
+    n_bits: int
+    layer: nn.Module | None = None
+
+
+@dataclass(frozen=True)
+class NormLinearPair:
+    """A LayerNorm and the Linears that alone read its output: what scale reparameterization works on."""
+
+    name: str
+    norm: nn.LayerNorm
+    linears: tuple[QuantLinear, ...]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One link of the chain that a model is: run(run(... images)) over all segments computes model(images).
+
+    Attributes:
+        name: path of the block or layer, or what the segment does.
+        run: input activations → output activations, both with the batch first.
+        modules: name → the modules whose quantized layers belong to the segment; empty where there is nothing to
+            quantize between two blocks.
+    """
+
+    name: str
+    run: Callable[[Tensor], Tensor]
+    modules: tuple[tuple[str, nn.Module], ...]
+
+    def layers(self) -> list[QuantLayer]:
+        """The quantized Linear and Conv2d layers of this segment."""
+        return [
+            layer
+            for _, module in self.modules
+            for layer in module.modules()
+            if isinstance(layer, (QuantLinear, QuantConv2d))
+        ]
+
+    def quantizers(self, *, weights: bool) -> list[tuple[str, Quantizer]]:
+        """(path in the model, quantizer) of the segment's weight quantizers, or of its activation quantizers."""
+        return [
+            (f"{prefix}.{name}".strip("."), module)
+            for prefix, root in self.modules
+            for name, module in root.named_modules()
+            if isinstance(module, Quantizer) and (name.rpartition(".")[2] == "weight_quantizer") == weights
+        ]
+
+
+QuantizerFactory = Callable[[Site], Quantizer]
+
+
+class Inserter:
+    """Puts quantizers into a model in place: `weight` and `activation` say which quantizer a site gets."""
+
+    def __init__(self, spec: QuantSpec, weight: QuantizerFactory, activation: QuantizerFactory) -> None:
+        self.spec = spec
+        self.weight = weight
+        self.activation = activation
+        self.names: list[str] = []
+
+    def layer(self, root: nn.Module, name: str, role: str | None) -> None:
+        """Replace the Linear or Conv2d at path `name` by its quantized form; role None leaves its input alone."""
+        parent_name, _, attribute = name.rpartition(".")
+        parent = root.get_submodule(parent_name)
+        module = getattr(parent, attribute)
+        kinds = {nn.Linear: QuantLinear, nn.Conv2d: QuantConv2d}
+        if type(module) not in kinds:
+            raise IasvitError(
+                f"module {name!r} is a {type(module).__name__}; a plain Linear or Conv2d can be quantized"
+            )
+        w_bits, a_bits = self.spec.for_layer(name)
+        weight_quantizer = self.weight(Site(name, "weight", w_bits, module))
+        input_quantizer = None if role is None else self.activation(Site(name, role, a_bits, module))
+        setattr(parent, attribute, kinds[type(module)].from_float(module, weight_quantizer, input_quantizer))
+        self.names.append(name)
+
+    def product(self, name: str, left_role: str, right_role: str) -> tuple[Quantizer, Quantizer]:
+        """The two quantizers of the matrix product at path `name`."""
+        _, a_bits = self.spec.for_layer(name)
+        self.names.append(name)
+        return self.activation(Site(name, left_role, a_bits)), self.activation(Site(name, right_role, a_bits))
+
+
+def insert_quantizers(
+    model: nn.Module, spec: QuantSpec, weight: QuantizerFactory, activation: QuantizerFactory
+) -> nn.Module:
+    """Make a model quantizable, in place: all Linear and Conv2d layers and all products of activations.
+
+    Args:
+        model: a model that an adapter knows, in full precision; changed in place.
+        spec: bits of each layer.
+        weight: Site → quantizer of a weight.
+        activation: Site → quantizer of a layer's or a product's input.
+
+    Returns:
+        The model, every quantizer enabled and none calibrated yet.
+
+    Raises:
+        IasvitError: no adapter knows the model, a module in it is not supported, or an override matches no layer.
+    """
+    from iasvit.models.registry import adapter_for
+
+    inserter = Inserter(spec, weight, activation)
+    adapter_for(model).insert(model, inserter)
+    spec.check_overrides(inserter.names)
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)) and not isinstance(module, (QuantLinear, QuantConv2d)):
+            raise IasvitError(f"module {name!r} ({type(module).__name__}) is in no place that the adapter quantizes")
+    return model
+
+
+def find_pairs(model: nn.Module, under: str = "") -> list[NormLinearPair]:
+    """The LayerNorm→Linear pairs of a quantizable model, of those the ones whose name starts with `under`."""
+    from iasvit.models.registry import adapter_for
+
+    return [pair for pair in adapter_for(model).pairs(model) if f"{pair.name}.".startswith(under)]

@@ -1,0 +1,73 @@
+"""Which adapter knows which model."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from torch import nn
+
+from iasvit.errors import IasvitError
+from iasvit.models.base import Inserter, NormLinearPair, Segment
+from iasvit.models.swin import SwinAdapter
+from iasvit.models.vit import ViTAdapter
+
+
+class Adapter(Protocol):
+    """What makes one family of models quantizable."""
+
+    model_class: type[nn.Module]
+
+    def insert(self, model: nn.Module, inserter: Inserter) -> None:
+        """Replace layers and products by quantized ones, in place."""
+
+    def pairs(self, model: nn.Module) -> list[NormLinearPair]:
+        """LayerNorm→Linear pairs of a quantizable model."""
+
+    def segments(self, model: nn.Module) -> list[Segment]:
+        """The chain of segments that computes model(images), of a float or quantizable model."""
+
+    def describe(self, model: nn.Module) -> dict[str, Any]:
+        """JSON types from which `build` makes an equal model of random weights."""
+
+    def build(self, description: dict[str, Any]) -> nn.Module:
+        """See `describe`."""
+
+
+ADAPTERS: tuple[Adapter, ...] = (ViTAdapter(), SwinAdapter())
+
+
+def adapter_for(model: nn.Module) -> Adapter:
+    """The adapter of a model.
+
+    Raises:
+        IasvitError: no adapter knows its class; the message says which are known.
+    """
+    for adapter in ADAPTERS:
+        if isinstance(model, adapter.model_class):
+            return adapter
+    known = ", ".join(adapter.model_class.__name__ for adapter in ADAPTERS)
+    raise IasvitError(f"model {type(model).__name__} has no supported attention; supported are timm's {known}")
+
+
+def segments(model: nn.Module) -> list[Segment]:
+    """The chain of segments that computes model(images)."""
+    return adapter_for(model).segments(model)
+
+
+def describe(model: nn.Module) -> dict[str, Any]:
+    """JSON types from which `build` makes a model of the same architecture."""
+    return {"adapter": type(adapter_for(model)).__name__, **adapter_for(model).describe(model)}
+
+
+def build(description: dict[str, Any]) -> nn.Module:
+    """A model of random weights from what `describe` returned, in eval mode.
+
+    Raises:
+        IasvitError: the description names no adapter that exists here.
+    """
+    arguments = dict(description)
+    name = arguments.pop("adapter", None)
+    for adapter in ADAPTERS:
+        if type(adapter).__name__ == name:
+            return adapter.build(arguments).eval()
+    raise IasvitError(f"the file's architecture {name!r} is not known to this version of iasvit")

@@ -1,0 +1,94 @@
+"""Adapter for timm's SwinTransformer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, WindowAttention
+from torch import nn
+
+from iasvit.models.base import Inserter, NormLinearPair, Segment
+from iasvit.models.vit import block_pairs, insert_block, set_eps
+
+
+class SwinAdapter:
+    """Swin Transformer of timm: shifted-window attention, patch merging between stages."""
+
+    model_class = SwinTransformer
+
+    def insert(self, model: SwinTransformer, inserter: Inserter) -> None:
+        """See `insert_quantizers`."""
+        inserter.layer(model, "patch_embed.proj", None)
+        for prefix, module in _links(model):
+            if prefix.endswith("downsample"):
+                inserter.layer(model, f"{prefix}.reduction", "norm")
+            else:
+                # Windows that are not shifted have no mask, and the block passes None each time.
+                dynamic = getattr(module, "dynamic_mask", False)
+                masked = module.attn_mask is not None or (dynamic and any(module.shift_size))
+                absent = () if masked else ("mask",)
+                insert_block(model, module, prefix, inserter, SwinTransformerBlock, WindowAttention, absent)
+        if isinstance(model.head.fc, nn.Linear):
+            inserter.layer(model, "head.fc", "input")
+
+    def pairs(self, model: SwinTransformer) -> list[NormLinearPair]:
+        """norm1→qkv and norm2→fc1 of every block, and norm→reduction of every patch merging."""
+        result = []
+        for prefix, module in _links(model):
+            if prefix.endswith("downsample"):
+                result.append(NormLinearPair(f"{prefix}.norm", module.norm, (module.reduction,)))
+            else:
+                result += block_pairs(module, prefix)
+        return result
+
+    def segments(self, model: SwinTransformer) -> list[Segment]:
+        """Patch embedding; each patch merging and block; norm, pooling and head."""
+        return [
+            Segment("patch_embed", model.patch_embed, (("patch_embed", model.patch_embed),)),
+            *(Segment(name, module, ((name, module),)) for name, module in _links(model)),
+            Segment("head", lambda x: model.forward_head(model.norm(x)), (("head", model.head),)),
+        ]
+
+    def describe(self, model: SwinTransformer) -> dict[str, Any]:
+        """Constructor arguments of an equal model."""
+        blocks = [stage.blocks[0] for stage in model.layers]
+        return {
+            "class": "SwinTransformer",
+            "img_size": list(model.patch_embed.img_size),
+            "patch_size": model.patch_embed.patch_size[0],
+            "in_chans": model.patch_embed.proj.in_channels,
+            "num_classes": model.num_classes,
+            "global_pool": model.global_pool,
+            "embed_dim": model.patch_embed.proj.out_channels,
+            "depths": [len(stage.blocks) for stage in model.layers],
+            "num_heads": [block.attn.num_heads for block in blocks],
+            "window_size": [list(size) for size in model._ref_window_sizes],
+            "always_partition": blocks[0].always_partition,
+            "strict_img_size": not model.dynamic_img_size,
+            "mlp_ratio": [block.mlp.fc1.out_features / block.dim for block in blocks],
+            "qkv_bias": blocks[0].attn.qkv.bias is not None,
+            "drop_path_rate": 0.0,
+            "eps": blocks[0].norm1.eps,
+        }
+
+    def build(self, description: dict[str, Any]) -> SwinTransformer:
+        """A model of random weights from what `describe` returned."""
+        arguments = dict(description)
+        arguments.pop("class")
+        eps = arguments.pop("eps")
+        for name in ("img_size", "depths", "num_heads", "mlp_ratio"):
+            arguments[name] = tuple(arguments[name])
+        arguments["window_size"] = tuple(tuple(size) for size in arguments["window_size"])
+        model = SwinTransformer(**arguments, weight_init="skip")
+        set_eps(model, eps)
+        return model
+
+
+def _links(model: SwinTransformer) -> list[tuple[str, nn.Module]]:
+    """(path, module) of each patch merging and each block, in the order in which they run."""
+    result = []
+    for i, stage in enumerate(model.layers):
+        if not isinstance(stage.downsample, nn.Identity):
+            result.append((f"layers.{i}.downsample", stage.downsample))
+        result += [(f"layers.{i}.blocks.{j}", block) for j, block in enumerate(stage.blocks)]
+    return result

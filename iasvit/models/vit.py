@@ -1,0 +1,156 @@
+"""Adapter for timm's VisionTransformer: ViT, DeiT and distilled DeiT."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from timm.layers import Attention, Mlp
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import nn
+
+from iasvit.errors import IasvitError
+from iasvit.models.attention import explicit_attention
+from iasvit.models.base import Inserter, NormLinearPair, Segment
+from iasvit.nn import QuantMatMul
+
+
+class ViTAdapter:
+    """ViT, DeiT (VisionTransformer) and distilled DeiT (VisionTransformerDistilled) of timm."""
+
+    model_class = VisionTransformer
+
+    def insert(self, model: VisionTransformer, inserter: Inserter) -> None:
+        """See `insert_quantizers`."""
+        _require(model.attn_pool is None, "attn_pool", model.attn_pool, "pooling by token or average")
+        inserter.layer(model, "patch_embed.proj", None)
+        for index, block in enumerate(model.blocks):
+            prefix = f"blocks.{index}"
+            insert_block(model, block, prefix, inserter, Block, Attention)
+        for head in _heads(model):
+            inserter.layer(model, head, "input")
+
+    def pairs(self, model: VisionTransformer) -> list[NormLinearPair]:
+        """norm1→qkv (and gate, where there is one) and norm2→fc1 of every block."""
+        return [pair for index, block in enumerate(model.blocks) for pair in block_pairs(block, f"blocks.{index}")]
+
+    def segments(self, model: VisionTransformer) -> list[Segment]:
+        """Patch embedding; tokens and position embedding; each block; norm, pooling and head."""
+        heads = tuple((name, model.get_submodule(name)) for name in _heads(model))
+        return [
+            Segment("patch_embed", model.patch_embed, (("patch_embed", model.patch_embed),)),
+            Segment("pos_embed", lambda x: model.norm_pre(model.patch_drop(model._pos_embed(x))), ()),
+            *(Segment(f"blocks.{i}", block, ((f"blocks.{i}", block),)) for i, block in enumerate(model.blocks)),
+            Segment("head", lambda x: model.forward_head(model.norm(x)), heads),
+        ]
+
+    def describe(self, model: VisionTransformer) -> dict[str, Any]:
+        """Constructor arguments of an equal model."""
+        block = model.blocks[0]
+        distilled = isinstance(model, VisionTransformerDistilled)
+        embed = model.patch_embed
+        pre_norm = not isinstance(model.norm_pre, nn.Identity)
+        norm = block.norm1
+        return {
+            "class": "VisionTransformerDistilled" if distilled else "VisionTransformer",
+            "img_size": list(embed.img_size),
+            "patch_size": list(embed.patch_size),
+            "in_chans": embed.proj.in_channels,
+            "num_classes": model.num_classes,
+            "global_pool": model.global_pool,
+            "embed_dim": model.embed_dim,
+            "depth": len(model.blocks),
+            "num_heads": block.attn.num_heads,
+            "mlp_ratio": block.mlp.fc1.out_features / model.embed_dim,
+            "qkv_bias": block.attn.qkv.bias is not None,
+            "qk_norm": not isinstance(block.attn.q_norm, nn.Identity),
+            "scale_attn_norm": not isinstance(block.attn.norm, nn.Identity),
+            "scale_mlp_norm": not isinstance(block.mlp.norm, nn.Identity),
+            "proj_bias": block.attn.proj.bias is not None,
+            "init_values": None if isinstance(block.ls1, nn.Identity) else 1.0,
+            "class_token": model.has_class_token,
+            "pos_embed": "none" if model.pos_embed is None else "learn",
+            "no_embed_class": model.no_embed_class,
+            "reg_tokens": model.num_reg_tokens,
+            "pre_norm": pre_norm,
+            "final_norm": not (isinstance(model.norm, nn.Identity) and isinstance(model.fc_norm, nn.Identity)),
+            "fc_norm": not isinstance(model.fc_norm, nn.Identity),
+            "pool_include_prefix": model.pool_include_prefix,
+            "dynamic_img_size": model.dynamic_img_size,
+            "eps": norm.eps,
+            "act": type(block.mlp.act).__name__,
+        }
+
+    def build(self, description: dict[str, Any]) -> VisionTransformer:
+        """A model of random weights from what `describe` returned."""
+        arguments = dict(description)
+        classes = {cls.__name__: cls for cls in (VisionTransformer, VisionTransformerDistilled)}
+        model_class = classes[arguments.pop("class")]
+        eps, act = arguments.pop("eps"), arguments.pop("act")
+        for name in ("img_size", "patch_size"):
+            arguments[name] = tuple(arguments[name])
+        if model_class is VisionTransformerDistilled:
+            arguments["reg_tokens"] = 0
+        model = model_class(**arguments, act_layer=getattr(nn, act, None) or act.lower(), weight_init="skip")
+        set_eps(model, eps)
+        return model
+
+
+def insert_block(
+    model: nn.Module,
+    block: nn.Module,
+    prefix: str,
+    inserter: Inserter,
+    block_class: type[nn.Module],
+    attention_class: type[nn.Module],
+    absent: tuple[str, ...] = (),
+) -> None:
+    """Quantize one pre-norm transformer block (ViT's or Swin's): attention and two-layer MLP, both after a LayerNorm.
+
+    Raises:
+        IasvitError: the block, its attention or its MLP is of another class; the message names the module.
+    """
+    _require(type(block) is block_class, prefix, block, block_class.__name__)
+    _require(type(block.attn) is attention_class, f"{prefix}.attn", block.attn, attention_class.__name__)
+    _require(type(block.mlp) is Mlp, f"{prefix}.mlp", block.mlp, Mlp.__name__)
+    for name in ("norm1", "norm2"):
+        norm = getattr(block, name)
+        is_layer_norm = isinstance(norm, nn.LayerNorm) and norm.elementwise_affine and norm.bias is not None
+        _require(is_layer_norm, f"{prefix}.{name}", norm, "LayerNorm with weight and bias")
+    product_qk = inserter.product(f"{prefix}.attn.matmul_qk", "query", "key")
+    product_av = inserter.product(f"{prefix}.attn.matmul_av", "softmax", "value")
+    block.attn = explicit_attention(
+        block.attn, f"{prefix}.attn", QuantMatMul(*product_qk), QuantMatMul(*product_av), absent
+    )
+    inserter.layer(model, f"{prefix}.attn.qkv", "norm")
+    if getattr(block.attn, "gate", None) is not None:
+        inserter.layer(model, f"{prefix}.attn.gate", "norm")
+    inserter.layer(model, f"{prefix}.attn.proj", "input")
+    inserter.layer(model, f"{prefix}.mlp.fc1", "norm")
+    inserter.layer(model, f"{prefix}.mlp.fc2", "gelu" if isinstance(block.mlp.act, nn.GELU) else "input")
+
+
+def block_pairs(block: nn.Module, prefix: str) -> list[NormLinearPair]:
+    """norm1→qkv (and gate) and norm2→fc1 of a block that `insert_block` has quantized."""
+    gate = getattr(block.attn, "gate", None)
+    readers = (block.attn.qkv,) if gate is None else (block.attn.qkv, gate)
+    return [
+        NormLinearPair(f"{prefix}.norm1", block.norm1, readers),
+        NormLinearPair(f"{prefix}.norm2", block.norm2, (block.mlp.fc1,)),
+    ]
+
+
+def set_eps(model: nn.Module, eps: float) -> None:
+    """Give every LayerNorm of a model this eps."""
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.eps = eps
+
+
+def _heads(model: VisionTransformer) -> list[str]:
+    return [name for name in ("head", "head_dist") if isinstance(getattr(model, name, None), nn.Linear)]
+
+
+def _require(condition: bool, name: str, module: nn.Module, expected: str) -> None:
+    if not condition:
+        raise IasvitError(f"module {name!r} is a {type(module).__name__}, which is not supported; expected {expected}")

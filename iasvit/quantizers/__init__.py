@@ -1,0 +1,16 @@
+"""Quantizers: tensors in, integer codes or fake-quantized tensors out. They know nothing of layers or models."""
+
+from iasvit.quantizers.base import Quantizer
+from iasvit.quantizers.log2 import Log2Quantizer
+from iasvit.quantizers.search import ACTIVATION_PERCENTILES, WEIGHT_PERCENTILES
+from iasvit.quantizers.sulq import SULQuantizer
+from iasvit.quantizers.uniform import UniformQuantizer
+
+__all__ = [
+    "ACTIVATION_PERCENTILES",
+    "WEIGHT_PERCENTILES",
+    "Log2Quantizer",
+    "Quantizer",
+    "SULQuantizer",
+    "UniformQuantizer",
+]

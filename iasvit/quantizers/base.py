@@ -1,0 +1,125 @@
+"""What every quantizer does: calibrate, forward, encode, decode."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from iasvit.errors import IasvitError
+
+CONFIG_KEY = "config"
+
+
+class Quantizer(nn.Module):
+    """Maps a tensor to integer codes of `n_bits` bits and back.
+
+    A code is an integer in [0, 2^n_bits - 1], held as uint8. `forward` is fake quantization: exactly
+    `decode(encode(x))`, with a straight-through gradient (STE) to x; quantizer parameters get no gradient. With
+    `enabled` False, `forward` returns x as it is: full precision.
+
+    Subclasses name in `parameters_` the buffers that `calibrate` fills, and in `config` what else rebuilds them.
+
+    Args:
+        n_bits: bits of a code, 2 to 8.
+    """
+
+    kind: ClassVar[str]
+    parameters_: ClassVar[tuple[str, ...]]
+
+    def __init__(self, n_bits: int) -> None:
+        super().__init__()
+        if not 2 <= n_bits <= 8:
+            raise IasvitError(f"n_bits is {n_bits}, but quantizers have 2 to 8 bits")
+        self.n_bits = n_bits
+        self.enabled = True
+        for name in self.parameters_:
+            self.register_buffer(name, torch.empty(0))
+
+    @property
+    def n_levels(self) -> int:
+        """Number of codes, 2^n_bits."""
+        return 2**self.n_bits
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether `calibrate` has run, or a state with its results was loaded."""
+        return all(getattr(self, name).numel() for name in self.parameters_)
+
+    def calibrate(self, x: Tensor) -> None:
+        """Choose the quantizer's parameters for values such as x's; raises IasvitError for NaN, Inf or no value."""
+        if x.numel() == 0:
+            raise IasvitError("an empty tensor was given for calibration; at least one image is needed")
+        if not torch.isfinite(x).all():
+            raise IasvitError("NaN or Inf was given for calibration; the model or the images hold bad values")
+        self._calibrate(x.detach())
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Integer codes of x: uint8, x's shape."""
+        return self._codes(x).to(torch.uint8)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """The float32 values that codes stand for, codes' shape."""
+        return self._values(codes.to(torch.float32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Fake-quantized x: decode(encode(x)), bit for bit, with the gradient of `_ste`."""
+        if not self.enabled:
+            return x
+        if not self.calibrated:
+            raise IasvitError("a quantizer was used before it was calibrated; run the method's calibration first")
+        return _FakeQuantize.apply(x, self)
+
+    def config(self) -> dict[str, Any]:
+        """Arguments that build an equal quantizer, and whether it is enabled; JSON types only."""
+        return {"kind": self.kind, "n_bits": self.n_bits, "enabled": self.enabled}
+
+    def configure(self, config: dict[str, Any]) -> None:
+        """Take over what `config` returned."""
+        self.n_bits, self.enabled = config["n_bits"], config["enabled"]
+
+    # What a subclass writes. Codes are floats holding integers here: no gradient, no dtype changes in a hot path.
+    def _calibrate(self, x: Tensor) -> None:
+        raise NotImplementedError
+
+    def _codes(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _values(self, codes: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _ste(self, x: Tensor, values: Tensor) -> Tensor:
+        """d values / d x with rounding taken as the identity, or a bool mask where that is 0 or 1; x's shape."""
+        raise NotImplementedError
+
+    # A state dict carries the config, so that it alone restores a quantizer whose granularity has changed since.
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor(list(json.dumps(self.config()).encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.configure(json.loads(bytes(state.tolist())))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        for name in self.parameters_:
+            if prefix + name in state_dict:
+                device = getattr(self, name).device
+                setattr(self, name, torch.empty_like(state_dict[prefix + name], device=device))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{key}={value}" for key, value in self.config().items() if key != "kind")
+
+
+class _FakeQuantize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, quantizer: Quantizer) -> Tensor:
+        values = quantizer._values(quantizer._codes(x))
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(quantizer._ste(x, values))
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.saved_tensors[0], None

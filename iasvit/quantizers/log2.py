@@ -1,0 +1,86 @@
+"""Log2 and log-sqrt2 quantizers for post-softmax activations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from iasvit.quantizers.base import Quantizer
+from iasvit.quantizers.search import ACTIVATION_PERCENTILES, best_candidate, upper_quantiles
+
+
+def power_of_two(exponent: Tensor) -> Tensor:
+    """2^exponent, exactly, for integers held as float32: the exponent bits of an IEEE float, a shift on any device.
+
+    Below 2^-126 the result is 0.
+    """
+    return (exponent.to(torch.int32) + 127).clamp_(0, 254).bitwise_left_shift_(23).view(torch.float32)
+
+
+class Log2Quantizer(Quantizer):
+    """q = clamp(round(-k·log2(x / s)), 0, 2^b - 1), x̂ = s·2^(-q/k), and the last code stands for 0.
+
+    k = 1 is log2, k = 2 log-sqrt2 (RepQ-ViT eq. 9-11): 2^(-q/2) is a shift by ceil(q / 2), with the scale multiplied by
+    sqrt(2) for odd codes. The papers' code sets values whose unclamped code is 2^b or more to 0, which together with
+    2^b powers makes 2^b + 1 levels; a b-bit code has 2^b, so here the last one is the 0 that they need.
+
+    Args:
+        n_bits: b, 2 to 8.
+        steps_per_octave: k, 1 or 2.
+        percentiles: upper percentiles to try for s; the one of least mean squared error is kept.
+
+    Attributes:
+        scale: s, a float32 scalar.
+    """
+
+    kind: ClassVar[str] = "log2"
+    parameters_: ClassVar[tuple[str, ...]] = ("scale",)
+
+    def __init__(
+        self, n_bits: int, steps_per_octave: int = 1, percentiles: Sequence[float] = ACTIVATION_PERCENTILES
+    ) -> None:
+        super().__init__(n_bits)
+        self.steps_per_octave = steps_per_octave
+        self.percentiles = tuple(percentiles)
+
+    def _calibrate(self, x: Tensor) -> None:
+        rows = x.float().reshape(1, -1)
+        smallest = torch.finfo(torch.float32).tiny
+        candidates = [(high.clamp_min(smallest),) for high in upper_quantiles(rows, self.percentiles)]
+        (scale,) = best_candidate(rows, candidates, lambda x, s: self._scaled_values(self._scaled_codes(x, s), s))
+        self.scale = scale.reshape(())
+
+    def _scaled_codes(self, x: Tensor, scale: Tensor) -> Tensor:
+        codes = (x / scale).log2_().mul_(-self.steps_per_octave).round_()
+        return codes.clamp_(0, self.n_levels - 1)  # x = 0 is +inf before the clamp: the last code
+
+    def _scaled_values(self, codes: Tensor, scale: Tensor) -> Tensor:
+        if self.steps_per_octave == 1:
+            values = power_of_two(-codes).mul_(scale)
+        else:
+            shift = torch.ceil(codes / 2)
+            odd = codes != shift * 2
+            values = power_of_two(-shift).mul_(torch.where(odd, scale * math.sqrt(2), scale))
+        return values.masked_fill_(codes == self.n_levels - 1, 0.0)
+
+    def _codes(self, x: Tensor) -> Tensor:
+        return self._scaled_codes(x, self.scale)
+
+    def _values(self, codes: Tensor) -> Tensor:
+        return self._scaled_values(codes, self.scale)
+
+    def _ste(self, x: Tensor, values: Tensor) -> Tensor:
+        # d/dx of s·2^(log2(x / s)) with the rounding passed through is x̂ / x; 0 above s and where x̂ = 0.
+        inside = (x < self.scale * 2 ** (0.5 / self.steps_per_octave)) & (values > 0)
+        return torch.where(inside, values / x, 0.0)
+
+    def config(self) -> dict[str, Any]:
+        return {**super().config(), "steps_per_octave": self.steps_per_octave, "percentiles": list(self.percentiles)}
+
+    def configure(self, config: dict[str, Any]) -> None:
+        super().configure(config)
+        self.steps_per_octave, self.percentiles = config["steps_per_octave"], tuple(config["percentiles"])

@@ -1,0 +1,88 @@
+"""SULQ, the shift-uniform-log2 quantizer of I&S-ViT."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from iasvit.quantizers.base import Quantizer
+from iasvit.quantizers.log2 import power_of_two
+from iasvit.quantizers.search import best_candidate
+from iasvit.quantizers.uniform import range_to_uniform
+
+SHIFTS = (0.001, 0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.1, 0.2, 0.5, 1.0)
+
+
+class SULQuantizer(Quantizer):
+    """Shift-uniform-log2 quantizer for post-softmax activations (I&S-ViT, arXiv:2311.10126, section 3.2).
+
+    1. y = -log2(x + η), with the shift η > 0.
+    2. q = clamp(round(y / s) + z, 0, 2^b - 1): uniform over [min y, max y] as seen in calibration.
+    3. ŷ = round((q - z)·s), an integer, so that 2^-ŷ is a bit shift.
+    4. x̂ = 2^-ŷ - η.
+
+    Plain log2 at 3 bits sends all values below about 2^-7 to one code, which is most of an attention map; the shift
+    bends the curve so that the codes cover the whole domain, dense near 0 and sparse near 1.
+
+    Args:
+        n_bits: b, 2 to 8.
+        shifts: η to try; the one of least mean squared error is kept.
+
+    Attributes:
+        shift: η, a float32 scalar.
+        scale: s, float32 scalar, in the log domain.
+        zero_point: z, int32 scalar, in the log domain.
+    """
+
+    kind: ClassVar[str] = "sulq"
+    parameters_: ClassVar[tuple[str, ...]] = ("shift", "scale", "zero_point")
+
+    def __init__(self, n_bits: int, shifts: Sequence[float] = SHIFTS) -> None:
+        super().__init__(n_bits)
+        self.shifts = tuple(shifts)
+
+    def _calibrate(self, x: Tensor) -> None:
+        rows = x.float().reshape(1, -1)
+        smallest, largest = rows.amin(dim=1), rows.amax(dim=1)
+        candidates = []
+        for shift in self.shifts:
+            scale, zero_point = range_to_uniform(-(largest + shift).log2(), -(smallest + shift).log2(), self.n_bits)
+            candidates.append((torch.full_like(scale, shift), scale, zero_point))
+        shift, scale, zero_point = best_candidate(
+            rows, candidates, lambda x, *params: self._shifted_values(self._shifted_codes(x, *params), *params)
+        )
+        self.shift, self.scale = shift.reshape(()), scale.reshape(())
+        self.zero_point = zero_point.reshape(()).to(torch.int32)
+
+    def _shifted_codes(self, x: Tensor, shift: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+        y = (x + shift).log2_().neg_()
+        return y.div_(scale).round_().add_(zero_point).clamp_(0, self.n_levels - 1)
+
+    def _shifted_values(self, codes: Tensor, shift: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+        y = (codes - zero_point).mul_(scale).round_()
+        return power_of_two(y.neg_()).sub_(shift)
+
+    def _codes(self, x: Tensor) -> Tensor:
+        return self._shifted_codes(x, self.shift, self.scale, self.zero_point)
+
+    def _values(self, codes: Tensor) -> Tensor:
+        return self._shifted_values(codes, self.shift, self.scale, self.zero_point)
+
+    def _ste(self, x: Tensor, values: Tensor) -> Tensor:
+        # With both roundings passed through, dx̂/dx = 2^-ŷ / (x + η). A value beyond the range seen in calibration is
+        # clamped and gets no gradient; the range's ends are where y rounds to a code below 0 or above 2^b - 1.
+        shifted = x + self.shift
+        y_low = (-0.5 - self.zero_point) * self.scale
+        y_high = (self.n_levels - 0.5 - self.zero_point) * self.scale
+        inside = (shifted <= torch.exp2(-y_low)) & (shifted >= torch.exp2(-y_high))
+        return ((values + self.shift) / shifted).mul_(inside)
+
+    def config(self) -> dict[str, Any]:
+        return {**super().config(), "shifts": list(self.shifts)}
+
+    def configure(self, config: dict[str, Any]) -> None:
+        super().configure(config)
+        self.shifts = tuple(config["shifts"])

@@ -1,0 +1,132 @@
+"""I&S-ViT: SULQ for post-softmax activations, and SOS, the three-stage smooth optimization (arXiv:2311.10126)."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from iasvit.calibration import ActivationStore, calibrate_inputs
+from iasvit.errors import IasvitError
+from iasvit.methods import Calibration
+from iasvit.models import Site, find_pairs, insert_quantizers, segments
+from iasvit.progress import Progress, fingerprint
+from iasvit.quantizers import WEIGHT_PERCENTILES, Log2Quantizer, Quantizer, SULQuantizer, UniformQuantizer
+from iasvit.reconstruction import SegmentJob, optimize, stream
+from iasvit.reparam import reparameterize
+from iasvit.spec import QuantSpec
+
+
+@dataclass
+class IASViT:
+    """I&S-ViT (arXiv:2311.10126): SULQ + SOS.
+
+    For each segment (block, patch embedding, patch merging, head), in order:
+
+    - Stage 1: weights in full precision, activations quantized, post-LayerNorm ones per channel; learn the weights on
+      inputs from the full-precision model.
+    - Stage 2: reparameterize each LayerNorm→Linear pair to one scale and zero-point per tensor; exact, because the
+      weights are still in full precision.
+    - Stage 3: quantize the weights per output channel and learn them again (STE) on inputs from the quantized model.
+
+    The paper runs a stage over all blocks before the next begins; since stage 1 reads the full-precision model alone,
+    to run the three on each block in turn is the same computation, and needs one pass through the model.
+
+    Options:
+        iterations: optimization steps of a stage; None for the paper's, 1000 below 6 bits and 200 from 6 bits on.
+        batch_size: images a step.
+        lr: Adam's initial learning rate.
+        seed: of the batches drawn.
+        init_size: images that the quantizers are initialised on.
+        sulq: False for the log2 quantizer instead (ablation).
+        sos: False for direct reconstruction, per-tensor quantizers and all in one stage of twice the steps (ablation).
+    """
+
+    iterations: int | None = None
+    batch_size: int = 64
+    lr: float = 4e-5
+    seed: int = 0
+    init_size: int = 64
+    sulq: bool = True
+    sos: bool = True
+
+    name: ClassVar[str] = "ias_vit"
+
+    def __post_init__(self) -> None:
+        if self.iterations is not None and self.iterations < 0:
+            raise IasvitError(f"iterations is {self.iterations}, but a number of steps is 0 or more")
+        for option in ("batch_size", "init_size"):
+            if getattr(self, option) < 1:
+                raise IasvitError(f"{option} is {getattr(self, option)}, but at least one image is needed")
+        if not self.lr > 0:
+            raise IasvitError(f"lr is {self.lr}, but a learning rate is above 0")
+
+    def quantize(self, model: nn.Module, calibration: Calibration, spec: QuantSpec, progress: Progress) -> nn.Module:
+        """See `iasvit.methods.Method`."""
+        quantized = insert_quantizers(copy.deepcopy(model), spec, self.weight_quantizer, self.activation_quantizer)
+        quantized.requires_grad_(False)
+        iterations = self.iterations
+        if iterations is None:
+            iterations = 1000 if min(spec.w_bits, spec.a_bits) < 6 else 200
+        pairs = find_pairs(quantized)
+
+        def fit(job: SegmentJob) -> None:
+            with progress.phase("calibration"):
+                self._calibrate(job)
+            if self.sos:
+                self._optimize(job, job.inputs_fp, iterations, stage=1)
+                for pair in pairs:  # stage 2
+                    if pair.linears[0] in job.segment.layers():
+                        reparameterize(pair)
+            for layer in job.segment.layers():
+                layer.calibrate_weight()
+            self._optimize(job, job.inputs_q, iterations if self.sos else 2 * iterations, stage=3)
+            for layer in job.segment.layers():
+                layer.round_weight()
+
+        steps = 2 * iterations * sum(bool(segment.modules) for segment in segments(quantized))
+        stream(model, quantized, calibration, fit, progress, batch_size=self.batch_size, steps=steps)
+        return quantized
+
+    def _calibrate(self, job: SegmentJob) -> None:
+        """Activation quantizers from the first `init_size` images in full precision; weights stay as they are."""
+        for layer in job.segment.layers():
+            layer.weight_quantizer.enabled = False
+
+        def run() -> None:
+            for batch in job.inputs_fp.batches(self.init_size, limit=self.init_size):
+                job.segment.run(batch)
+
+        calibrate_inputs(job.segment.quantizers(weights=False), run)
+
+    def _optimize(self, job: SegmentJob, inputs: ActivationStore, iterations: int, stage: int) -> None:
+        parameters = [p for layer in job.segment.layers() for p in (layer.weight, layer.bias) if p is not None]
+        if stage == 1 and not job.segment.quantizers(weights=False):
+            job.bar.update(iterations)  # the image is not quantized: before the weights are, there is nothing to learn
+            return
+        seeds = (self.seed, job.index, stage)
+        generator = torch.Generator().manual_seed(int(fingerprint(*seeds), 16) % 2**63)
+        optimize(
+            job.segment.run,
+            parameters,
+            inputs,
+            job.targets,
+            iterations=iterations,
+            batch_size=self.batch_size,
+            lr=self.lr,
+            generator=generator,
+            bar=job.bar,
+        )
+
+    def weight_quantizer(self, site: Site) -> Quantizer:
+        """Uniform, one scale and zero-point per output channel."""
+        return UniformQuantizer(site.n_bits, channel_dim=0, percentiles=WEIGHT_PERCENTILES)
+
+    def activation_quantizer(self, site: Site) -> Quantizer:
+        """SULQ after softmax, per channel after LayerNorm (until stage 2), per tensor elsewhere."""
+        if site.role == "softmax":
+            return SULQuantizer(site.n_bits) if self.sulq else Log2Quantizer(site.n_bits)
+        return UniformQuantizer(site.n_bits, channel_dim=-1 if site.role == "norm" and self.sos else None)
