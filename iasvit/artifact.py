@@ -85,12 +85,15 @@ def packed_bytes(model: nn.Module) -> int:
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write a quantized model to one safetensors file: codes packed to their bits, the rest in float32.
 
+    Before it is renamed into place the file is read again, and the model that comes of it must answer a random image as
+    `model` does, to the bit: an architecture that the adapter's description misses is found here and not later.
+
     Args:
         model: what `iasvit.quantize` returned.
         path: where to write; the file is written beside and renamed.
 
     Raises:
-        IasvitError: the model is not quantized, or the folder cannot be written.
+        IasvitError: the model is not quantized, its architecture cannot be rebuilt, or the folder cannot be written.
     """
     quantization = getattr(model, "quantization", None)
     if not isinstance(quantization, Quantization):
@@ -102,11 +105,22 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         save_file(packed_state(model), beside, {"iasvit": json.dumps(header)})
+        _check_saved(model, beside, quantization.architecture)
         os.replace(beside, path)
     except (OSError, SafetensorError) as error:
         raise IasvitError(f"{path} cannot be written: {error}") from error
     finally:
         beside.unlink(missing_ok=True)
+
+
+@torch.no_grad()
+def _check_saved(model: nn.Module, path: Path, architecture: dict[str, Any]) -> None:
+    device = next(model.parameters()).device
+    height, width = architecture["img_size"]
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(1, architecture["in_chans"], height, width, generator=generator).to(device)
+    if not torch.equal(load(path).to(device)(image), model(image)):
+        raise IasvitError(f"the {type(model).__name__} given to save has parts that a file cannot rebuild; not saved")
 
 
 def load(path: str | os.PathLike[str]) -> nn.Module:

@@ -62,9 +62,15 @@ class SwinAdapter:
             "embed_dim": model.patch_embed.proj.out_channels,
             "depths": [len(stage.blocks) for stage in model.layers],
             "num_heads": [block.attn.num_heads for block in blocks],
-            "window_size": [list(size) for size in model._ref_window_sizes],
-            "always_partition": blocks[0].always_partition,
             "strict_img_size": not model.dynamic_img_size,
+            "stages": [
+                {
+                    "feat_size": list(stage.input_resolution),
+                    "window_size": list(block.window_size),
+                    "always_partition": block.always_partition,
+                }
+                for stage, block in zip(model.layers, blocks, strict=True)
+            ],
             "mlp_ratio": [block.mlp.fc1.out_features / block.dim for block in blocks],
             "qkv_bias": blocks[0].attn.qkv.bias is not None,
             "drop_path_rate": 0.0,
@@ -75,11 +81,12 @@ class SwinAdapter:
         """A model of random weights from what `describe` returned."""
         arguments = dict(description)
         arguments.pop("class")
-        eps = arguments.pop("eps")
+        eps, stages = arguments.pop("eps"), arguments.pop("stages")
         for name in ("img_size", "depths", "num_heads", "mlp_ratio"):
             arguments[name] = tuple(arguments[name])
-        arguments["window_size"] = tuple(tuple(size) for size in arguments["window_size"])
         model = SwinTransformer(**arguments, weight_init="skip")
+        for stage, sizes in zip(model.layers, stages, strict=True):  # windows may differ from what the arguments give
+            stage.set_input_size(tuple(sizes["feat_size"]), tuple(sizes["window_size"]), sizes["always_partition"])
         set_eps(model, eps)
         return model
 
