@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import fcntl
-import json
 import math
 import multiprocessing
 import os
@@ -342,12 +341,11 @@ def _evaluate(
     """Round the weights as the checkpoint does, measure them, and write checkpoint and log line; top-1 in percent."""
     stored.load_state_dict({key: value.float() for key, value in zoo.as_stored(model).items()})
     top1 = accuracy(stored, *val)
-    row = row | {"backbone": run.backbone, "seed": run.seed, "top1": f"{top1:.2f}", "device": _device_name(run.device)}
+    row = row | {"backbone": run.backbone, "seed": run.seed, "top1": round(top1, 2), "device": _device_name(run.device)}
     _log(run, row)
     # No times here: the same run gives the same file.
-    metadata = {key: str(value) for key, value in row.items() if key != "seconds"}
-    metadata |= {"recipe": json.dumps(dataclasses.asdict(run.recipe)), "val_images": str(len(val[0]))}
-    metadata |= {"torch": torch.__version__}
+    metadata = {key: value for key, value in row.items() if key != "seconds"}
+    metadata |= {"recipe": dataclasses.asdict(run.recipe), "val_images": len(val[0]), "torch": torch.__version__}
     zoo.save(stored, zoo.checkpoint_path(run.backbone, run.out), metadata)
     say(run, f"step {row['step']}  top-1 {top1:.2f} on {len(val[0])} validation images, loss {row['train_loss']}")
     return top1
@@ -427,7 +425,7 @@ def train(run: Run, data: Path) -> float:
                     "step": step,
                     "epoch": round(step / per_epoch, 2),
                     "seconds": round(now - start, 1),
-                    "train_loss": f"{np.mean(losses or float(step_once.loss)):.4f}",
+                    "train_loss": round(float(np.mean(losses or float(step_once.loss))), 4),
                     "images": len(images),
                     "final": int(progress >= 1),
                 }

@@ -7,9 +7,11 @@ evaluated is what is stored.
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -118,12 +120,15 @@ def as_stored(model: nn.Module) -> dict[str, torch.Tensor]:
     return {key: value.detach().to("cpu", torch.float16).contiguous() for key, value in model.state_dict().items()}
 
 
-def save(model: nn.Module, path: Path, metadata: dict[str, str]) -> None:
-    """Write the model's weights as fp16 safetensors, beside `path` first and then in its place."""
+def save(model: nn.Module, path: Path, metadata: dict[str, Any]) -> None:
+    """Write the model's weights as fp16 safetensors, beside `path` first and then in its place.
+
+    `metadata` is stored as one JSON text: several entries would come in an order that changes from run to run.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        save_file(as_stored(model), beside, metadata)
+        save_file(as_stored(model), beside, {"training": json.dumps(metadata, sort_keys=True)})
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
@@ -134,14 +139,14 @@ def checkpoint_path(name: str, folder: Path | None = None) -> Path:
     return (folder or CHECKPOINTS) / f"{name}.safetensors"
 
 
-def read_metadata(name: str, folder: Path | None = None) -> dict[str, str]:
+def read_metadata(name: str, folder: Path | None = None) -> dict[str, Any]:
     """What train.py wrote into the checkpoint: accuracy, steps, seed, recipe.
 
     Raises:
         IasvitError: as `load`.
     """
     _backbone(name)
-    return _read(checkpoint_path(name, folder))[1]
+    return json.loads(_read(checkpoint_path(name, folder))[1].get("training", "{}"))
 
 
 def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
