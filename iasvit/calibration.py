@@ -74,10 +74,20 @@ class ActivationStore:
         Raises:
             IasvitError: the images' activations differ in shape.
         """
+        self._merge()
+        if len(self._batches) == 1 and not self.spilled:
+            return self._batches[0][torch.as_tensor(indices, device=self.device)]
         rows = [self._batches[b][r] for b, r in (self._where[int(i)] for i in indices)]
         if any(row.shape != rows[0].shape for row in rows):
             raise IasvitError("calibration images of different sizes cannot share a batch; use a batch size of 1")
         return torch.stack(rows).to(self.device)
+
+    def _merge(self) -> None:
+        """Join batches of one shape, so that a random batch is one indexing and not one for each image."""
+        if len(self._batches) < 2 or self.spilled or len({batch.shape[1:] for batch in self._batches}) > 1:
+            return
+        self._batches = [torch.cat(self._batches)]
+        self._where = [(0, row) for row in range(len(self._where))]
 
     def batches(self, size: int, limit: int | None = None) -> Iterator[Tensor]:
         """All activations in order (or the first `limit`), in batches of at most `size` images of one shape."""

@@ -117,8 +117,8 @@ class Quantizer(nn.Module):
         return ", ".join(f"{key}={value}" for key, value in self.config().items() if key != "kind")
 
 
-# A quantizer is a dozen elementwise passes. On a CPU an attention map does not fit the cache, and each pass over it waits
-# for memory; pieces of this many values stay in the cache from the first pass to the last (4 times as fast).
+# A quantizer is a dozen elementwise passes. On a CPU an attention map does not fit the cache, and each pass over it
+# waits for memory; pieces of this many values stay in the cache from the first pass to the last (4 times as fast).
 _PIECE = 2**16
 
 
