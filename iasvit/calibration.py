@@ -68,14 +68,19 @@ class ActivationStore:
         """Whether any batch went to a file map."""
         return self._spill is not None
 
+    @property
+    def resident(self) -> bool:
+        """Whether all activations are one tensor on the device, so that `gather` is a single indexing."""
+        self._merge()
+        return len(self._batches) == 1 and not self.spilled
+
     def gather(self, indices: Sequence[int] | Tensor) -> Tensor:
         """The activations (len(indices), ...) of these images, on the device they came from.
 
         Raises:
             IasvitError: the images' activations differ in shape.
         """
-        self._merge()
-        if len(self._batches) == 1 and not self.spilled:
+        if self.resident:
             return self._batches[0][torch.as_tensor(indices, device=self.device)]
         rows = [self._batches[b][r] for b, r in (self._where[int(i)] for i in indices)]
         if any(row.shape != rows[0].shape for row in rows):

@@ -5,16 +5,23 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
+
+from iasvit.errors import IasvitError
+
+
+class JournalError(IasvitError):
+    """The journal cannot be written: the disk is at fault, not the method, so a run stops."""
 
 
 class Progress:
@@ -36,7 +43,8 @@ class Progress:
         self.journal = journal
         self.quiet = quiet
         self.seconds: dict[str, float] = {}
-        self._inner: list[float] = []  # seconds of the phases inside each phase that is running
+        self._running: list[str] = []  # phases, the innermost last
+        self._charged = 0.0  # the time up to which seconds holds what was spent
 
     @contextmanager
     def phase(self, name: str, total: int = 0) -> Iterator[tqdm]:
@@ -55,30 +63,44 @@ class Progress:
             leave=not terminal,
             file=sys.stderr,
         )
-        self._inner.append(0.0)
-        start = time.perf_counter()
+        self._charge()
+        self._running.append(name)
+        self.seconds.setdefault(name, 0.0)
         try:
             yield bar
         finally:
-            elapsed = time.perf_counter() - start
-            self.seconds[name] = self.seconds.get(name, 0.0) + elapsed - self._inner.pop()
-            if self._inner:
-                self._inner[-1] += elapsed
+            self._charge()
+            self._running.pop()
             bar.close()
 
+    def _charge(self) -> None:
+        """Add the time since the last call to the innermost phase that is running."""
+        now = time.perf_counter()
+        if self._running:
+            self.seconds[self._running[-1]] += now - self._charged
+        self._charged = now
+
     def save(self, step: int, state: dict[str, torch.Tensor]) -> None:
-        """Record that steps 0 … `step` are done, with the tensors to go on from. Atomic; the older record goes."""
+        """Record that steps 0 … `step` are done, with the tensors to go on from. Atomic; the older record goes.
+
+        Raises:
+            JournalError: the folder cannot be written.
+        """
         if self.journal is None:
             return
-        self.journal.mkdir(parents=True, exist_ok=True)
+        self._charge()
         target = self.journal / "journal.safetensors"
         beside = target.with_suffix(f".{os.getpid()}.tmp")
         metadata = {"step": str(step), "seconds": json.dumps(self.seconds)}
         try:
+            self.journal.mkdir(parents=True, exist_ok=True)
             save_file({name: tensor.detach().contiguous().cpu() for name, tensor in state.items()}, beside, metadata)
             os.replace(beside, target)
+        except (OSError, SafetensorError) as error:
+            raise JournalError(f"{target} cannot be written: {error}; free space or run in another folder") from error
         finally:
-            beside.unlink(missing_ok=True)
+            with suppress(OSError):
+                beside.unlink(missing_ok=True)
 
     def restore(self) -> tuple[int, dict[str, torch.Tensor]] | None:
         """The last record as (step, tensors), or None; the seconds spent before are added to this run's."""
@@ -97,9 +119,7 @@ class Progress:
     def discard(self) -> None:
         """Forget the journal: the cell is done and its row is stored."""
         if self.journal is not None:
-            (self.journal / "journal.safetensors").unlink(missing_ok=True)
-            if self.journal.is_dir():
-                self.journal.rmdir()
+            shutil.rmtree(self.journal, ignore_errors=True)
 
 
 def fingerprint(*parts: object) -> str:

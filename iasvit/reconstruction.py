@@ -117,24 +117,67 @@ def optimize(
     """
     if not parameters or iterations < 1:
         return math.nan
+    step = _Step(run, parameters, inputs, targets, min(batch_size, len(inputs)))
     for parameter in parameters:
         parameter.requires_grad_(True)
-    optimizer = torch.optim.Adam(parameters, lr=lr)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=iterations)
-    batch_size = min(batch_size, len(inputs))
-    loss = torch.zeros(())
     try:
-        for _ in range(iterations):
+        for iteration in range(iterations):
             indices = torch.randperm(len(inputs), generator=generator)[:batch_size]
-            loss = squared_error(run(inputs.gather(indices)), targets.gather(indices))
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            schedule.step()
+            step(indices, lr * (1 + math.cos(math.pi * iteration / iterations)) / 2)
             if bar is not None:
                 bar.update()
     finally:
         for parameter in parameters:
             parameter.requires_grad_(False)
             parameter.grad = None
-    return float(loss.detach())
+    return float(step.loss)
+
+
+class _Step:
+    """One optimization step. On CUDA the third and later ones replay a graph of it: one launch in place of hundreds."""
+
+    EAGER = 2  # steps before capture, which must find all lazily made state in place
+
+    def __init__(
+        self,
+        run: Callable[[Tensor], Tensor],
+        parameters: Sequence[nn.Parameter],
+        inputs: ActivationStore,
+        targets: ActivationStore,
+        batch_size: int,
+    ) -> None:
+        self.run, self.inputs, self.targets = run, inputs, targets
+        device = parameters[0].device
+        self.lr = torch.zeros((), device=device)  # a tensor, so that a replayed graph reads each step's value
+        self.indices = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        self.loss = torch.zeros((), device=device)
+        on_gpu = device.type == "cuda"
+        self.optimizer = torch.optim.Adam(parameters, lr=self.lr, foreach=True, capturable=on_gpu)
+        self.graph = torch.cuda.CUDAGraph() if on_gpu and inputs.resident and targets.resident else None
+        self.stream = torch.cuda.Stream(device) if self.graph is not None else None
+        self.count = 0
+
+    def __call__(self, indices: Tensor, lr: float) -> None:
+        self.indices.copy_(indices)
+        self.lr.fill_(lr)
+        if self.graph is None:
+            self._eager()
+        elif self.count < self.EAGER:
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                self._eager()
+            torch.cuda.current_stream().wait_stream(self.stream)
+        else:
+            if self.count == self.EAGER:
+                self.optimizer.zero_grad(set_to_none=True)
+                with torch.cuda.graph(self.graph, stream=self.stream):
+                    self._eager()
+            self.graph.replay()
+        self.count += 1
+
+    def _eager(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = squared_error(self.run(self.inputs.gather(self.indices)), self.targets.gather(self.indices))
+        loss.backward()
+        self.optimizer.step()
+        self.loss.copy_(loss.detach())
