@@ -75,6 +75,8 @@ class Progress:
 
     def _charge(self) -> None:
         """Add the time since the last call to the innermost phase that is running."""
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # what a phase launched belongs to it
         now = time.perf_counter()
         if self._running:
             self.seconds[self._running[-1]] += now - self._charged

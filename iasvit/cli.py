@@ -1,0 +1,129 @@
+"""The `iasvit` command, and the exit handling that tasks run as scripts share with it."""
+
+from __future__ import annotations
+
+import errno
+import sys
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from typer.core import TyperGroup
+
+from iasvit.errors import IasvitError
+
+GROUP = "iasvit.tasks"
+BAD_INPUT, INTERRUPTED = 2, 130
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def make_app(**settings: Any) -> typer.Typer:
+    """A typer app with plain messages; tasks make theirs with it."""
+    return typer.Typer(
+        add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=False, **settings
+    )
+
+
+def main(app: typer.Typer | None = None) -> NoReturn:
+    """Run an app, the `iasvit` command by default, and exit.
+
+    Status 0, or what the app chose (1: a cell failed); 2 with one sentence and no traceback for bad input and a full
+    disk; 130 for Ctrl-C.
+    """
+    try:
+        (app or _app)()
+    except IasvitError as error:
+        _exit(f"error: {error}", BAD_INPUT)
+    except OSError as error:
+        if error.errno not in _DISK_FULL:
+            raise
+        where = f" at {error.filename}" if error.filename else ""
+        _exit(f"error: the disk is full{where}; free space and run the same command again", BAD_INPUT)
+    except KeyboardInterrupt:
+        _interrupted()
+    except SystemExit as status:
+        if status.code == INTERRUPTED:  # typer's answer to Ctrl-C
+            _interrupted()
+        raise
+    sys.exit(0)
+
+
+def _interrupted() -> NoReturn:
+    _exit("interrupted; the same command again goes on where this one stopped", INTERRUPTED)
+
+
+def _exit(message: str, status: int) -> NoReturn:
+    print(message, file=sys.stderr)
+    sys.exit(status)
+
+
+def _tasks() -> dict[str, EntryPoint]:
+    return {entry.name: entry for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name)}
+
+
+class _Tasks(TyperGroup):
+    """The registered tasks as commands; one is imported when it is asked for."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(_tasks())
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        with formatter.section("Tasks"):
+            formatter.write_dl([(name, entry.value) for name, entry in _tasks().items()])
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        tasks = _tasks()
+        if cmd_name.startswith("-"):
+            return None  # an option that does not exist; the parser says so
+        if cmd_name not in tasks:
+            raise IasvitError(f"task {cmd_name!r} is not registered; registered are {', '.join(tasks)}")
+        try:
+            return typer.main.get_command(tasks[cmd_name].load())
+        except ModuleNotFoundError as error:
+            raise IasvitError(f"task {cmd_name!r} needs the module {error.name!r}, which is not installed") from error
+
+
+_app = make_app(help="Low-bit post-training quantization of vision transformers: benchmark and tables.")
+_run = make_app(cls=_Tasks)
+_app.add_typer(_run, name="run", help="Run a task: iasvit run TASK --help.")
+
+
+@_run.callback()
+def _run_task() -> None:
+    """Run a task: iasvit run TASK --help."""
+
+
+@_app.command("list")
+def _list() -> None:
+    """Print the registered methods and tasks, and where each comes from."""
+    from iasvit.methods import GROUP as METHODS
+
+    for group in (METHODS, GROUP):
+        print(f"{group.rpartition('.')[2]}:")
+        for entry in sorted(entry_points(group=group), key=lambda entry: entry.name):
+            print(f"  {entry.name:<20} {entry.value}")
+
+
+@_app.command("leaderboard")
+def _leaderboard(
+    runs: Annotated[Path, typer.Option(help="Folder of measured rows, read with all folders in it.")] = Path(
+        "results/runs"
+    ),
+    published: Annotated[Path, typer.Option(help="Published values.")] = Path("results/published.csv"),
+    out: Annotated[Path, typer.Option(help="Folder for the tables.")] = Path("results"),
+    readme: Annotated[
+        Path | None, typer.Option(help="File with <!-- table:NAME --> markers; README.md if there is one.")
+    ] = None,
+) -> None:
+    """Write the tables under results/ from the measured and the published values."""
+    from iasvit.leaderboard import write_leaderboard
+
+    if readme is None and Path("README.md").is_file():
+        readme = Path("README.md")
+    for path in write_leaderboard(runs, published, out, readme):
+        print(path)
+
+
+if __name__ == "__main__":
+    main()
