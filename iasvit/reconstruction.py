@@ -152,7 +152,7 @@ class _Step:
         self.indices = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self.loss = torch.zeros((), device=device)
         on_gpu = device.type == "cuda"
-        self.optimizer = torch.optim.Adam(parameters, lr=self.lr, foreach=True, capturable=on_gpu)
+        self.optimizer = torch.optim.Adam(parameters, lr=self.lr, foreach=on_gpu, capturable=on_gpu)
         self.graph = torch.cuda.CUDAGraph() if on_gpu and inputs.resident and targets.resident else None
         self.stream = torch.cuda.Stream(device) if self.graph is not None else None
         self.count = 0
