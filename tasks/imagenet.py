@@ -1,0 +1,351 @@
+"""ImageNet classification: `iasvit run imagenet`, or `python tasks/imagenet.py`.
+
+Without a data set, a GPU or a network it runs the embedded mini benchmark; with `--data imagenet` it is the papers'
+task on timm's models. See --help.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import torch
+import typer
+from torch import Tensor, nn
+
+from iasvit.cli import main, make_app
+from iasvit.errors import IasvitError
+from iasvit.harness import Cell, estimate, exit_status, format_estimates, run_cells
+from iasvit.methods import get_method, list_methods, method_options
+from iasvit.progress import Progress
+from iasvit.results import ResultStore
+from iasvit.spec import QuantSpec
+from tasks.imagenet_data import FolderImages, ImagenetteImages, Images, MiniImages
+from tasks.imagenet_models import MiniModels, Models, TimmModels
+from tasks.metrics import CLASSIFICATION_METRICS, Predictions, classification_scores
+
+DATA_ROOT = "IASVIT_IMAGENET"
+T = TypeVar("T")
+
+
+class Data(str, Enum):
+    """The data sets."""
+
+    mini = "mini"
+    mini_hard = "mini-hard"
+    imagenette = "imagenette"
+    imagenet = "imagenet"
+
+    @property
+    def embedded(self) -> bool:
+        """Whether it needs nothing but this repository."""
+        return self in (Data.mini, Data.mini_hard)
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What a run does unless told otherwise.
+
+    Attributes:
+        backbones: by default.
+        calib_size: calibration images.
+        batch_size: images a reconstruction step.
+        iterations: reconstruction steps of a block and stage, below 6 bits.
+        iterations_6_bits: the same from 6 bits on.
+        lr: of reconstruction.
+    """
+
+    backbones: tuple[str, ...]
+    calib_size: int
+    batch_size: int
+    iterations: int
+    iterations_6_bits: int
+    lr: float
+
+    def options(self, spec: QuantSpec) -> dict[str, Any]:
+        """Options for methods that reconstruct, at these bits."""
+        low = min(spec.w_bits, spec.a_bits) < 6
+        iterations = self.iterations if low else self.iterations_6_bits
+        return {"iterations": iterations, "batch_size": self.batch_size, "lr": self.lr}
+
+
+PAPER = Profile(("deit_s",), calib_size=1024, batch_size=64, iterations=1000, iterations_6_bits=200, lr=4e-5)
+MINI = Profile(("deit_t", "swin_t"), calib_size=256, batch_size=32, iterations=100, iterations_6_bits=100, lr=4e-5)
+
+
+class ImageNetTask:
+    """Image classification for the harness (see `iasvit.harness.Task`).
+
+    Args:
+        dataset: its name in result rows.
+        images: what is evaluated and calibrated on.
+        models: where full-precision models come from.
+        device: where they run.
+    """
+
+    name = "imagenet"
+    metrics = CLASSIFICATION_METRICS
+
+    def __init__(self, dataset: str, images: Images, models: Models, device: torch.device) -> None:
+        self.dataset = dataset
+        self.images = images
+        self.models = models
+        self.device = device
+
+    @property
+    def split_size(self) -> int:
+        """Images evaluated, unreadable ones included."""
+        return len(self.images)
+
+    def load_model(self, model: str) -> nn.Module:
+        """See `iasvit.harness.Task`.
+
+        Raises:
+            IasvitError: the model cannot be had, or its classes are not the data's.
+        """
+        network = self.models.load(model)
+        if network.num_classes not in self.images.num_classes:
+            counts = " or ".join(str(count) for count in self.images.num_classes)
+            raise IasvitError(
+                f"backbone {model!r} has {network.num_classes} classes, but the labels of {self.dataset} are of "
+                f"{counts}; choose a model or weights with as many"
+            )
+        return network.to(self.device)
+
+    def weights(self, model: str) -> str:
+        """See `iasvit.harness.Task`."""
+        return self.models.weights(model)
+
+    def calibration(self, model: str, n: int, seed: int) -> Tensor:
+        """See `iasvit.harness.Task`."""
+        return self.images.calibration(self.models.config(model), n, seed)
+
+    def predict(self, model: str, network: nn.Module, progress: Progress) -> Predictions:
+        """See `iasvit.harness.Task`."""
+
+        def answers() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+            with progress.phase("evaluation", len(self.images)) as bar:
+                for images, labels, positions in self.images.batches(self.models.config(model)):
+                    logits = network(images.to(self.device, non_blocking=True))
+                    remap = self.images.num_classes[logits.shape[1]]
+                    yield logits, labels if remap is None else remap[labels], positions
+                    bar.update(len(images))
+
+        with torch.inference_mode():
+            return Predictions.collect(answers(), len(self.images))
+
+    def score(self, predictions: Predictions, reference: Predictions) -> dict[str, float]:
+        """See `iasvit.harness.Task`."""
+        return classification_scores(predictions, reference)
+
+
+def make_task(
+    data: Data,
+    data_root: Path | None = None,
+    *,
+    checkpoint: Path | None = None,
+    pretrained: bool = True,
+    device: torch.device | None = None,
+    limit: int | None = None,
+) -> ImageNetTask:
+    """The task on a data set.
+
+    Args:
+        data: which.
+        data_root: folder of imagenet (IASVIT_IMAGENET by default), or where imagenette lies or is downloaded to.
+        checkpoint: weights from this file.
+        pretrained: otherwise trained weights, or random ones.
+        device: None for the CPU.
+        limit: evaluate only so many images.
+
+    Raises:
+        IasvitError: data that is not there, or holds nothing that can be evaluated.
+    """
+    device = device or torch.device("cpu")
+    models: Models
+    images: Images
+    if data.embedded:
+        if data_root is not None:
+            raise IasvitError(f"--data-root does not go with --data {data.value}; --data imagenet reads a folder")
+        models = MiniModels(data is Data.mini_hard, pretrained, checkpoint)
+        images = MiniImages(limit)
+    else:
+        models = TimmModels(pretrained, checkpoint)
+        pin_memory = device.type == "cuda"
+        if data is Data.imagenette:
+            root = data_root or Path(torch.hub.get_dir()) / "iasvit"
+            images = ImagenetteImages(root, limit, pin_memory)
+        else:
+            root = data_root or (Path(os.environ[DATA_ROOT]) if os.environ.get(DATA_ROOT) else None)
+            if root is None:
+                raise IasvitError(
+                    f"--data imagenet needs a folder: give --data-root FOLDER or set {DATA_ROOT} to one that holds "
+                    f"train/ and val/"
+                )
+            images = FolderImages(root, limit, pin_memory)
+    return ImageNetTask(data.value, images, models, device)
+
+
+def make_cells(
+    backbones: Sequence[str],
+    specs: Sequence[QuantSpec],
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    calib_size: int,
+    profile: Profile,
+    given: dict[str, Any],
+) -> list[Cell]:
+    """All combinations, each with the options that its method takes: those given, else the profile's.
+
+    Raises:
+        IasvitError: an unknown method, or an option given that none of the methods takes.
+    """
+    takes = {method: method_options(method) for method in methods}
+    for option in given:
+        if not any(option in options for options in takes.values()):
+            raise IasvitError(f"--{option.replace('_', '-')} is no option of {', '.join(methods)}")
+    cells = []
+    for backbone in backbones:
+        for spec in specs:
+            for method in methods:
+                options = {k: v for k, v in {**profile.options(spec), **given}.items() if k in takes[method]}
+                get_method(method, **options)  # says what is wrong with a value before anything runs
+                for seed in seeds:
+                    cells.append(Cell(backbone, method, str(spec), seed, calib_size, tuple(sorted(options.items()))))
+    return cells
+
+
+def make_device(name: str | None) -> torch.device:
+    """The device of that name; by default cuda where there is one, else cpu.
+
+    Raises:
+        IasvitError: there is no such device here.
+    """
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise IasvitError(f"--device {name} cannot be used here ({reason}); cpu can") from None
+    return device
+
+
+def _unique(values: Sequence[T]) -> list[T]:
+    return list(dict.fromkeys(values))
+
+
+def _at_least(option: str, value: float | None, least: int) -> None:
+    if value is not None and value < least:
+        raise IasvitError(f"{option} is {value}, but {least} or more is expected")
+
+
+app = make_app()
+
+
+@app.command()
+def imagenet(
+    backbone: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Repeatable. vit_s vit_b deit_t deit_s deit_b swin_t swin_s swin_b, or with real data any timm name. "
+            "[default: deit_t and swin_t for mini, deit_s for real data]",
+            show_default=False,
+        ),
+    ] = None,
+    bits: Annotated[list[str], typer.Option(help='Repeatable; "W4A8", also "W3A3,head=W8A8".')] = ["W3A3"],  # noqa: B006
+    method: Annotated[
+        list[str] | None,
+        typer.Option(help="Repeatable; also a variant as ias_vit[-sulq]. [default: all]", show_default=False),
+    ] = None,
+    data: Annotated[
+        Data, typer.Option(help="mini and mini-hard are embedded; imagenette downloads 99 MB.")
+    ] = Data.mini,
+    data_root: Annotated[
+        Path | None,
+        typer.Option(
+            help=f"Folder that holds ImageNet's train/ and val/ [default: ${DATA_ROOT}], or where Imagenette goes.",
+            show_default=False,
+        ),
+    ] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="The backbone's weights: safetensors, or torch.save's of tensors.")
+    ] = None,
+    pretrained: Annotated[bool, typer.Option(help="Trained weights, or random ones of a fixed seed.")] = True,
+    calib_size: Annotated[
+        int | None, typer.Option(help=f"Calibration images. [{MINI.calib_size} mini, {PAPER.calib_size} real]")
+    ] = None,
+    iterations: Annotated[
+        int | None,
+        typer.Option(
+            help=f"Steps a block and stage. [{MINI.iterations} mini; real {PAPER.iterations}, "
+            f"from 6 bits on {PAPER.iterations_6_bits}]"
+        ),
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help=f"Images a step. [{MINI.batch_size} mini, {PAPER.batch_size} real]")
+    ] = None,
+    lr: Annotated[float | None, typer.Option(help=f"Learning rate. [{MINI.lr:g} mini, {PAPER.lr:g} real]")] = None,
+    seed: Annotated[list[int], typer.Option(help="Repeatable; of calibration images and method.")] = [0],  # noqa: B006
+    device: Annotated[str | None, typer.Option(help="[cuda where there is one, else cpu]")] = None,
+    limit: Annotated[int | None, typer.Option(help="Evaluate only so many images.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the cells and their estimated cost.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Measure also cells that are stored.")] = False,
+    results: Annotated[Path, typer.Option(help="Folder for the rows.")] = Path("results/runs"),
+) -> None:
+    """Quantize and evaluate classification models: every backbone at all bits by every method with all seeds.
+
+    Rows go to a CSV file as cells are done; a cell that is stored already is skipped, an interrupted one goes on.
+    """
+    profile = MINI if data.embedded else PAPER
+    for option, value, least in (
+        ("--calib-size", calib_size, 1),
+        ("--batch-size", batch_size, 1),
+        ("--iterations", iterations, 0),
+        ("--seed", min(seed), 0),
+    ):
+        _at_least(option, value, least)
+    given = {"iterations": iterations, "batch_size": batch_size, "lr": lr}
+    cells = make_cells(
+        _unique(backbone or profile.backbones),
+        _unique([QuantSpec.parse(text) for text in bits]),
+        _unique(method or list_methods()),
+        _unique(seed),
+        calib_size or profile.calib_size,
+        profile,
+        {name: value for name, value in given.items() if value is not None},
+    )
+    backbones = _unique([cell.model for cell in cells])
+    if checkpoint is not None and len(backbones) > 1:
+        raise IasvitError(
+            f"--checkpoint is of one backbone, but {len(backbones)} are asked for: {', '.join(backbones)}"
+        )
+    task = make_task(
+        data,
+        data_root,
+        checkpoint=checkpoint,
+        pretrained=pretrained,
+        device=make_device(device),
+        limit=limit,
+    )
+    for name in backbones:
+        task.models.check(name)
+    task.images.check_calibration(cells[0].calib_size)
+    store = ResultStore(results)
+    if dry_run:
+        print(format_estimates(estimate(task, cells, store, force=force)))
+        return
+    from iasvit.leaderboard import table
+
+    rows = run_cells(task, cells, store, force=force)
+    print(table(rows))
+    print(f"\nrows: {store.path(task.name, task.dataset)}")
+    raise typer.Exit(exit_status(rows))
+
+
+if __name__ == "__main__":
+    main(app)

@@ -1,0 +1,268 @@
+"""Models of the ImageNet task by name: timm's, with pretrained, local or random weights, and the mini zoo's."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import pickle
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Protocol
+
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.data import resolve_data_config
+from timm.models import clean_state_dict
+from torch import Tensor, nn
+
+from iasvit.errors import IasvitError
+from tasks.imagenet_data import DataConfig
+
+# The paper's backbones, with the weights whose full-precision accuracy the papers state: RepQ-ViT takes timm 0.4.12's
+# defaults, from which current timm's differ for ViT-B (augreg2) and Swin-S (ImageNet-22k). Swin-B's are fine-tuned
+# from ImageNet-22k, as its published 85.27 tells; DeiT's, Swin-T's and Swin-S's are trained on ImageNet-1k alone.
+PAPER_BACKBONES = {
+    "vit_s": "vit_small_patch16_224.augreg_in21k_ft_in1k",
+    "vit_b": "vit_base_patch16_224.augreg_in21k_ft_in1k",
+    "deit_t": "deit_tiny_patch16_224.fb_in1k",
+    "deit_s": "deit_small_patch16_224.fb_in1k",
+    "deit_b": "deit_base_patch16_224.fb_in1k",
+    "swin_t": "swin_tiny_patch4_window7_224.ms_in1k",
+    "swin_s": "swin_small_patch4_window7_224.ms_in1k",
+    "swin_b": "swin_base_patch4_window7_224.ms_in22k_ft_in1k",
+}
+RANDOM_SEED = 0  # of --no-pretrained's weights
+
+
+class Models(Protocol):
+    """Full-precision models by name."""
+
+    def check(self, name: str) -> None:
+        """Raise IasvitError where there is no model of that name; the message says what exists."""
+
+    def load(self, name: str) -> nn.Module:
+        """The model, eval(), on the CPU."""
+
+    def config(self, name: str) -> DataConfig:
+        """What timm's `resolve_data_config` says of it."""
+
+    def weights(self, name: str) -> str:
+        """Which weights `load` gives it, in words that change when they do."""
+
+
+class TimmModels:
+    """timm's models, under the paper's short names or timm's own.
+
+    Args:
+        pretrained: timm's weights, fetched as timm does; else random ones of RANDOM_SEED.
+        checkpoint: weights from this file instead.
+    """
+
+    def __init__(self, pretrained: bool = True, checkpoint: Path | None = None) -> None:
+        self._pretrained = pretrained
+        self._checkpoint = checkpoint
+
+    def check(self, name: str) -> None:
+        """See `Models`."""
+        full = PAPER_BACKBONES.get(name, name)
+        architecture, _, tag = full.partition(".")
+        if not timm.is_model(architecture):
+            names = [*PAPER_BACKBONES, *timm.list_models()]
+            close = difflib.get_close_matches(name, names, n=4, cutoff=0.6)
+            hint = f"; close to it: {', '.join(close)}" if close else ""
+            raise IasvitError(
+                f"backbone {name!r} does not exist; there are {', '.join(PAPER_BACKBONES)} and the names that "
+                f"timm.list_models() gives{hint}"
+            )
+        tags = sorted(m.partition(".")[2] for m in timm.list_pretrained(f"{architecture}.*"))
+        if tag and tag not in tags:
+            raise IasvitError(
+                f"backbone {name!r}: timm's {architecture} has no weights {tag!r}; it has {', '.join(tags)}"
+            )
+        if self._pretrained and self._checkpoint is None and not tags:
+            raise IasvitError(f"timm has no pretrained weights of {name!r}; give --checkpoint FILE or --no-pretrained")
+
+    def load(self, name: str) -> nn.Module:
+        """See `Models`.
+
+        Raises:
+            IasvitError: no such model, weights that cannot be fetched, or a checkpoint that does not fit.
+        """
+        self.check(name)
+        full = PAPER_BACKBONES.get(name, name)
+        if self._checkpoint is not None:
+            state = read_checkpoint(self._checkpoint)
+            model = timm.create_model(full, pretrained=False, num_classes=_head_size(state, full))
+            fill(model, state, self._checkpoint)
+        elif self._pretrained:
+            try:
+                model = timm.create_model(full, pretrained=True)
+            except Exception as error:  # the hub's client raises what its layers raise: OSError, httpx's, its own
+                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                raise IasvitError(
+                    f"the pretrained weights of {full} could not be fetched ({reason}); with no network, give them as "
+                    f"--checkpoint FILE, or take random ones with --no-pretrained"
+                ) from None
+        else:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(RANDOM_SEED)
+                model = timm.create_model(full, pretrained=False)
+        return model.eval()
+
+    def config(self, name: str) -> DataConfig:
+        """See `Models`."""
+        return resolve_data_config(pretrained_cfg=_pretrained_cfg(PAPER_BACKBONES.get(name, name)))
+
+    def weights(self, name: str) -> str:
+        """See `Models`."""
+        if self._checkpoint is not None:
+            return describe_file(self._checkpoint)
+        if not self._pretrained:
+            return f"random, seed {RANDOM_SEED}"
+        full = PAPER_BACKBONES.get(name, name)
+        return f"timm {_pretrained_cfg(full)['architecture']}.{_pretrained_cfg(full)['tag']}"
+
+
+class MiniModels:
+    """The mini zoo's models.
+
+    Args:
+        hard: with a real ViT's channel spread (mini-hard).
+        pretrained: the zoo's checkpoints; else random weights of RANDOM_SEED.
+        checkpoint: weights from this file instead.
+    """
+
+    def __init__(self, hard: bool = False, pretrained: bool = True, checkpoint: Path | None = None) -> None:
+        self._hard = hard
+        self._pretrained = pretrained
+        self._checkpoint = checkpoint
+
+    def check(self, name: str) -> None:
+        """See `Models`."""
+        from tasks.mini import zoo
+
+        if name not in zoo.MINI_BACKBONES:
+            raise IasvitError(
+                f"backbone {name!r} does not exist in the mini benchmark; there are {', '.join(zoo.MINI_BACKBONES)}; "
+                f"timm's own models go with --data imagenette or imagenet"
+            )
+
+    def load(self, name: str) -> nn.Module:
+        """See `Models`.
+
+        Raises:
+            IasvitError: no such model, no checkpoint of it, or one that does not fit.
+        """
+        from tasks.mini import hard, zoo
+
+        self.check(name)
+        if self._checkpoint is None and self._pretrained:
+            return zoo.load(name, hard=self._hard)
+        model = zoo.build(name, seed=RANDOM_SEED)
+        if self._checkpoint is not None:
+            fill(model, read_checkpoint(self._checkpoint), self._checkpoint)
+        return hard.harden(model, seed=0) if self._hard else model
+
+    def config(self, name: str) -> DataConfig:
+        """See `Models`."""
+        from tasks.mini import zoo
+
+        return resolve_data_config(pretrained_cfg=zoo.build(name).pretrained_cfg)
+
+    def weights(self, name: str) -> str:
+        """See `Models`."""
+        from tasks.mini import zoo
+
+        if self._checkpoint is None and not self._pretrained:
+            return f"random, seed {RANDOM_SEED}"
+        path = self._checkpoint or zoo.checkpoint_path(name)
+        return describe_file(path) if path.is_file() else ""
+
+
+@cache
+def _pretrained_cfg(full: str) -> dict:
+    cfg = timm.get_pretrained_cfg(full)
+    return {} if cfg is None else cfg.to_dict()
+
+
+# ---- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+@cache
+def describe_file(path: Path) -> str:
+    """A file's name and twelve digits of its SHA-256."""
+    try:
+        digest = hashlib.sha256()
+        with path.open("rb") as file:
+            while piece := file.read(1 << 20):
+                digest.update(piece)
+    except OSError as error:
+        raise IasvitError(f"checkpoint {path} cannot be read: {error.strerror or error}") from None
+    return f"{path.name} sha256:{digest.hexdigest()[:12]}"
+
+
+def read_checkpoint(path: Path) -> dict[str, Tensor]:
+    """The weights in a file, without unpickling code: safetensors, or torch.save's of tensors.
+
+    A training checkpoint may hold them as "model" or "state_dict"; wrappers' prefixes on keys are taken off.
+
+    Raises:
+        IasvitError: no such file, or it holds no weights that can be read this way.
+    """
+    if not path.is_file():
+        raise IasvitError(f"checkpoint {path} does not exist")
+    try:
+        if path.suffix == ".safetensors":
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0].strip() if str(error).strip() else type(error).__name__
+        raise IasvitError(
+            f"checkpoint {path} is neither a safetensors file nor a torch.save file of tensors alone ({reason})"
+        ) from None
+    for wrapper in ("state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
+            state = state[wrapper]
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()) or not state:
+        raise IasvitError(f"checkpoint {path} holds no dictionary of tensors, alone or as 'model' or 'state_dict'")
+    return clean_state_dict(state)
+
+
+def _head_size(state: dict[str, Tensor], full: str) -> int | None:
+    """Classes of a checkpoint's classifier; None, timm's default, where it has none of the expected name."""
+    classifier = _pretrained_cfg(full).get("classifier") or ""
+    names = [classifier] if isinstance(classifier, str) else list(classifier)
+    # Swin's published files call "head" what timm calls "head.fc".
+    names += [name.removesuffix(".fc") for name in names]
+    return next((len(state[f"{name}.weight"]) for name in names if f"{name}.weight" in state), None)
+
+
+def fill(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
+    """Put a checkpoint's weights into a model, in place; an architecture's original key names are translated by timm.
+
+    Raises:
+        IasvitError: keys or shapes do not fit; the message names them.
+    """
+    wanted = model.state_dict()
+    if state.keys() != wanted.keys():
+        translate = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+        try:
+            translated = translate(state, model) if translate else state
+        except (KeyError, RuntimeError, AttributeError, ValueError, TypeError):
+            translated = state
+        state = translated if wanted.keys() <= translated.keys() else state
+    faults = [f"{key} is missing" for key in wanted if key not in state]
+    faults += [f"{key} is not in the model" for key in state if key not in wanted]
+    faults += [
+        f"{key} has shape {tuple(state[key].shape)} for {tuple(value.shape)}"
+        for key, value in wanted.items()
+        if key in state and state[key].shape != value.shape
+    ]
+    if faults:
+        more = f" and {len(faults) - 4} more" if len(faults) > 4 else ""
+        raise IasvitError(f"checkpoint {path} does not fit the model: {'; '.join(faults[:4])}{more}")
+    model.load_state_dict(state)

@@ -1,0 +1,104 @@
+"""Classification metrics: accuracy with its standard error, and how near a network stays to the full-precision one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from iasvit.errors import IasvitError
+
+CLASSIFICATION_METRICS = ("top1", "top1_se", "top5", "top5_se", "agreement", "cosine", "unreadable")
+
+HALF_ABOVE = 20_000  # images; beyond, logits are kept as float16: 1000 classes of 50 000 images are 100 MB then
+_HALF_MAX = torch.finfo(torch.float16).max
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a network answers on a split, in host memory. n readable images, C classes.
+
+    Attributes:
+        logits: n×C, float32, or float16 for more than HALF_ABOVE images.
+        top1: int64 n, the class with the largest logit, taken before any rounding to float16.
+        rank: int64 n, how many classes stand before the label; 0 is a correct top-1.
+        positions: int64 n, which images of the split these are.
+        unreadable: images of the split that could not be read, and are in none of the above.
+    """
+
+    logits: Tensor
+    top1: Tensor
+    rank: Tensor
+    positions: Tensor
+    unreadable: int
+
+    def __len__(self) -> int:
+        return len(self.top1)
+
+    @classmethod
+    def collect(cls, batches: Iterable[tuple[Tensor, Tensor, Tensor]], total: int) -> Predictions:
+        """Gather (logits B×C, labels B, positions B) batch by batch; `total` images were to be read.
+
+        Of classes with equal logits the one with the smaller index stands first, so that a network that answers the
+        same for every class gets no credit for it.
+
+        Raises:
+            IasvitError: NaN or Inf among the logits, or no image at all.
+        """
+        parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+        for logits, labels, positions in batches:
+            logits, labels = logits.detach().float(), labels.to(logits.device)
+            if not bool(logits.isfinite().all()):
+                bad = int((~logits.isfinite()).any(dim=1).sum())
+                raise IasvitError(f"the network puts out NaN or Inf for {bad} of {len(logits)} images of one batch")
+            own = logits.gather(1, labels[:, None])
+            smaller = torch.arange(logits.shape[1], device=logits.device) < labels[:, None]
+            rank = ((logits > own) | ((logits == own) & smaller)).sum(dim=1)
+            top1 = logits.argmax(dim=1)
+            if total > HALF_ABOVE:
+                logits = logits.clamp(-_HALF_MAX, _HALF_MAX).half()
+            parts.append((logits.cpu(), top1.cpu(), rank.cpu(), positions.cpu()))
+        if not parts:
+            raise IasvitError(f"none of the {total} images could be read")
+        logits, top1, rank, positions = (torch.cat(part) for part in zip(*parts, strict=True))
+        return cls(logits, top1, rank, positions, total - len(top1))
+
+
+def standard_error(percent: float, n: int) -> float:
+    """Standard error of a percentage of n independent trials, in percentage points: √(p(1 - p) / n)."""
+    p = percent / 100
+    return 100 * math.sqrt(max(p * (1 - p), 0.0) / n)
+
+
+def classification_scores(predictions: Predictions, reference: Predictions) -> dict[str, float]:
+    """CLASSIFICATION_METRICS of a network against the labels and against the full-precision network's predictions.
+
+    top1, top5 and agreement (same top-1 class as the full-precision network) are percentages of the readable images,
+    with binomial standard errors in percentage points; cosine is the mean over images of the cosine similarity of the
+    two networks' logits; unreadable counts the images left out.
+
+    Raises:
+        IasvitError: the two were not made on the same images.
+    """
+    if not torch.equal(predictions.positions, reference.positions):
+        raise IasvitError("images became readable or unreadable between the full-precision evaluation and this one")
+    n = len(predictions)
+    top1, top5 = (100 * float((predictions.rank < k).double().mean()) for k in (1, 5))
+    # In pieces: at float16 a split's logits are kept small, and one float32 copy of them would undo that.
+    cosine = sum(
+        float(F.cosine_similarity(ours.float(), theirs.float(), dim=1).double().sum())
+        for ours, theirs in zip(predictions.logits.split(4096), reference.logits.split(4096), strict=True)
+    )
+    return {
+        "top1": top1,
+        "top1_se": standard_error(top1, n),
+        "top5": top5,
+        "top5_se": standard_error(top5, n),
+        "agreement": 100 * float((predictions.top1 == reference.top1).double().mean()),
+        "cosine": cosine / n,
+        "unreadable": predictions.unreadable,
+    }
