@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from iasvit.cli import main, make_app
 from iasvit.errors import IasvitError
 from iasvit.harness import Cell, estimate, exit_status, format_estimates, run_cells
+from iasvit.leaderboard import table
 from iasvit.methods import get_method, list_methods, method_options
 from iasvit.progress import Progress
 from iasvit.results import ResultStore
@@ -339,10 +340,8 @@ def imagenet(
     if dry_run:
         print(format_estimates(estimate(task, cells, store, force=force)))
         return
-    from iasvit.leaderboard import table
-
     rows = run_cells(task, cells, store, force=force)
-    print(table(rows))
+    print(table(rows, ("top1", "agreement", "cosine")))
     print(f"\nrows: {store.path(task.name, task.dataset)}")
     raise typer.Exit(exit_status(rows))
 

@@ -41,7 +41,7 @@ class Models(Protocol):
     """Full-precision models by name."""
 
     def check(self, name: str) -> None:
-        """Raise IasvitError where there is no model of that name; the message says what exists."""
+        """Raise IasvitError where there is no model of that name (the message says what exists), or no weights file."""
 
     def load(self, name: str) -> nn.Module:
         """The model, eval(), on the CPU."""
@@ -82,7 +82,9 @@ class TimmModels:
             raise IasvitError(
                 f"backbone {name!r}: timm's {architecture} has no weights {tag!r}; it has {', '.join(tags)}"
             )
-        if self._pretrained and self._checkpoint is None and not tags:
+        if self._checkpoint is not None:
+            describe_file(self._checkpoint)
+        elif self._pretrained and not tags:
             raise IasvitError(f"timm has no pretrained weights of {name!r}; give --checkpoint FILE or --no-pretrained")
 
     def load(self, name: str) -> nn.Module:
@@ -149,6 +151,10 @@ class MiniModels:
                 f"backbone {name!r} does not exist in the mini benchmark; there are {', '.join(zoo.MINI_BACKBONES)}; "
                 f"timm's own models go with --data imagenette or imagenet"
             )
+        if self._checkpoint is not None:
+            describe_file(self._checkpoint)
+        elif self._pretrained:
+            zoo.read_metadata(name)
 
     def load(self, name: str) -> nn.Module:
         """See `Models`.
@@ -178,8 +184,7 @@ class MiniModels:
 
         if self._checkpoint is None and not self._pretrained:
             return f"random, seed {RANDOM_SEED}"
-        path = self._checkpoint or zoo.checkpoint_path(name)
-        return describe_file(path) if path.is_file() else ""
+        return describe_file(self._checkpoint or zoo.checkpoint_path(name))
 
 
 @cache
@@ -193,7 +198,11 @@ def _pretrained_cfg(full: str) -> dict:
 
 @cache
 def describe_file(path: Path) -> str:
-    """A file's name and twelve digits of its SHA-256."""
+    """A checkpoint's file name and twelve digits of its SHA-256.
+
+    Raises:
+        IasvitError: it cannot be read.
+    """
     try:
         digest = hashlib.sha256()
         with path.open("rb") as file:
@@ -212,8 +221,7 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     Raises:
         IasvitError: no such file, or it holds no weights that can be read this way.
     """
-    if not path.is_file():
-        raise IasvitError(f"checkpoint {path} does not exist")
+    describe_file(path)
     try:
         if path.suffix == ".safetensors":
             state = load_file(path)
