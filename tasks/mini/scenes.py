@@ -30,22 +30,22 @@ MIN_VISIBLE = 16  # an object with fewer visible pixels is not reported …
 MIN_VISIBLE_FRACTION = 0.2  # … nor one of which less than this part is visible
 
 # Difficulty. Lengths are fractions of the image size, intensities of 0 … 255; ranges are drawn from uniformly.
-MAIN_SIDE = (0.40, 0.70)  # classification: side of the main object
+MAIN_SIDE = (0.45, 0.75)  # classification: side of the main object
 SIDE_OBJECTS = 3  # classification: at most so many smaller objects of other classes, behind the main one
 SIDE_OBJECT_SIDE = (0.16, 0.28)  # their side, but at most …
 SIDE_OBJECT_RATIO = 0.55  # … this fraction of the main object's
 DETECTION_SIDE = (0.13, 0.50)  # detection: side of an object; small ones are the more frequent
-CONTRAST = (22.0, 120.0)  # object's colour against the background's behind it, in the channel that differs most
-LOW_CONTRAST = (14.0, 26.0)  # the same, in hard scenes …
-LOW_CONTRAST_CHANCE = 0.15  # … which are so many
+CONTRAST = (30.0, 125.0)  # object's colour against the background's behind it, in the channel that differs most
+LOW_CONTRAST = (16.0, 30.0)  # the same, in hard scenes …
+LOW_CONTRAST_CHANCE = 0.1  # … which are so many
 TEXTURE_CONTRAST = (10.0, 100.0)  # between an object's two colours, in the channel that differs most
 SHADING = 0.35  # greatest relative change of brightness across an object, and at its edge
 CLUTTER = (2, 7)  # strokes and blobs behind the objects
 CLUTTER_CONTRAST = (10.0, 70.0)
-OCCLUDER_CHANCE = 0.35  # chance of each of two thin strokes over the objects
+OCCLUDER_CHANCE = 0.3  # chance of each of two thin strokes over the objects
 OCCLUDER_WIDTH = (0.02, 0.06)
 BACKGROUND_NOISE = (4.0, 40.0)  # amplitude of the background's low-frequency noise
-SENSOR_NOISE = (3.0, 22.0)  # standard deviation of the sensor's noise
+SENSOR_NOISE = (2.0, 14.0)  # standard deviation of the sensor's noise
 
 
 @dataclass(frozen=True)

@@ -46,12 +46,12 @@ class Recipe:
     """
 
     lr: float = 1.5e-3
-    weight_decay: float = 0.1
-    batch_size: int = 1024
+    weight_decay: float = 0.05
+    batch_size: int = 256
     warmup: float = 0.05  # fraction of the run
     label_smoothing: float = 0.05
     clip: float = 1.0  # gradient norm
-    beta2: float = 0.98
+    beta2: float = 0.99
     shift: int = 4  # random translation, pixels either way, edges reflected
     flip: bool = True
     jitter: float = 0.2  # brightness, contrast and colour gains, relative
@@ -60,14 +60,14 @@ class Recipe:
 
 RECIPES: dict[str, Recipe] = {
     # The ViT recipe is AugReg's in small: less augmentation, more decay, plain labels.
-    "vit_s": Recipe(lr=1.2e-3, weight_decay=0.3, label_smoothing=0.0, shift=2, jitter=0.1, seed=100),
-    "vit_b": Recipe(lr=1.0e-3, weight_decay=0.3, label_smoothing=0.0, shift=2, jitter=0.1, seed=100),
-    "deit_t": Recipe(lr=2.0e-3, weight_decay=0.05),
-    "deit_s": Recipe(lr=1.5e-3, weight_decay=0.05),
-    "deit_b": Recipe(lr=1.0e-3, weight_decay=0.1),
-    "swin_t": Recipe(lr=2.0e-3, weight_decay=0.05),
-    "swin_s": Recipe(lr=1.5e-3, weight_decay=0.05),
-    "swin_b": Recipe(lr=1.5e-3, weight_decay=0.05),
+    "vit_s": Recipe(lr=1.0e-3, weight_decay=0.2, label_smoothing=0.0, shift=2, jitter=0.1, seed=100),
+    "vit_b": Recipe(lr=8e-4, weight_decay=0.2, label_smoothing=0.0, shift=2, jitter=0.1, seed=100),
+    "deit_t": Recipe(lr=1.5e-3),
+    "deit_s": Recipe(lr=1.2e-3),
+    "deit_b": Recipe(lr=1.0e-3),
+    "swin_t": Recipe(lr=1.2e-3),
+    "swin_s": Recipe(lr=1.0e-3),
+    "swin_b": Recipe(lr=1.0e-3),
 }
 
 
