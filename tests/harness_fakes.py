@@ -1,0 +1,133 @@
+"""A tiny task and methods for the tests of harness and command line."""
+
+from __future__ import annotations
+
+import copy
+import os
+import signal
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from iasvit import methods
+from iasvit.errors import IasvitError
+from iasvit.progress import Progress
+from iasvit.spec import QuantSpec
+
+
+class FakeTask:
+    """A linear classifier on random vectors; counts what it is asked for."""
+
+    name = "fake"
+    dataset = "mini"
+    split_size = 20
+    metrics = ("top1", "top1_se", "agreement")
+
+    def __init__(self, weights: str = "") -> None:
+        self.loaded: list[str] = []
+        self.predicted: list[str] = []
+        self.weights_name = weights
+
+    def weights(self, model: str) -> str:
+        return self.weights_name
+
+    def load_model(self, model: str) -> nn.Module:
+        if model == "missing":
+            raise IasvitError("model 'missing' has no checkpoint")
+        self.loaded.append(model)
+        network = nn.Linear(4, 3)
+        with torch.no_grad():
+            network.weight.copy_(torch.arange(12).view(3, 4) % 5 / 3)
+            network.bias.zero_()
+        return network.eval()
+
+    def calibration(self, model: str, n: int, seed: int) -> Tensor:
+        return torch.randn(n, 4, generator=torch.Generator().manual_seed(seed))
+
+    def predict(self, model: str, network: nn.Module, progress: Progress) -> Tensor:
+        self.predicted.append(model)
+        return network(torch.randn(self.split_size, 4, generator=torch.Generator().manual_seed(99)))
+
+    def score(self, predictions: Tensor, reference: Tensor) -> dict[str, float]:
+        agreement = (predictions.argmax(1) == reference.argmax(1)).float().mean().item() * 100
+        return {"top1": agreement * 0.8, "top1_se": 1.5, "agreement": agreement}
+
+
+@dataclass
+class Noise:
+    """Adds noise to the weights, the more the fewer bits; in steps that it can resume from."""
+
+    seed: int = 0
+    iterations: int | None = 3
+    batch_size: int = 2
+
+    name: ClassVar[str] = "noise"
+    steps: ClassVar[list[int]] = []
+
+    def quantize(self, model: nn.Module, calibration: Tensor, spec: QuantSpec, progress: Progress) -> nn.Module:
+        quantized = copy.deepcopy(model)
+        done = -1
+        if (record := progress.restore()) is not None:
+            done, state = record
+            quantized.load_state_dict(state)
+        with progress.phase("reconstruction", self.iterations or 0), torch.no_grad():
+            for step in range(done + 1, self.iterations or 0):
+                type(self).steps.append(step)
+                generator = torch.Generator().manual_seed(1000 * self.seed + step)
+                quantized.weight += torch.randn(3, 4, generator=generator) / 2**spec.w_bits
+                progress.save(step, quantized.state_dict())
+                self.after(step)
+        return quantized
+
+    def after(self, step: int) -> None:
+        """Called when a step is saved."""
+
+
+@dataclass
+class Killed(Noise):
+    """Kills its own process with IASVIT_TEST_SIGNAL after its second step, once: the file that it makes says so."""
+
+    name: ClassVar[str] = "killed"
+
+    def after(self, step: int) -> None:
+        with open("steps.txt", "a") as file:
+            file.write(f"{step}\n")
+        if step == 1 and not Path("killed").exists():
+            Path("killed").touch()
+            os.kill(os.getpid(), int(os.environ.get("IASVIT_TEST_SIGNAL", signal.SIGKILL)))
+
+
+@dataclass
+class Broken:
+    """Fails as `how` says."""
+
+    seed: int = 0
+    how: str = "defect"
+
+    name: ClassVar[str] = "broken"
+
+    def quantize(self, model: nn.Module, calibration: Tensor, spec: QuantSpec, progress: Progress) -> nn.Module:
+        model.weight.data.zero_()  # a method that also spoils the model given must not spoil other cells
+        if self.how == "nan":
+            raise IasvitError("layer 'fc' puts out NaN")
+        if self.how == "interrupt":
+            raise KeyboardInterrupt
+        if self.how == "full":
+            raise OSError(28, "No space left on device")
+        raise RuntimeError("two\nlines")
+
+
+ENTRIES = {
+    name: EntryPoint(name, f"harness_fakes:{cls.__name__}", methods.GROUP)
+    for name, cls in {"noise": Noise, "killed": Killed, "broken": Broken}.items()
+}
+
+
+def install(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Register the fake methods, and no other."""
+    monkeypatch.setattr(methods, "_entries", lambda: ENTRIES)

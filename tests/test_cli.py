@@ -1,0 +1,169 @@
+"""The command line: what it lists, and one sentence and a status for everything that goes wrong."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
+import harness_fakes
+import pytest
+import typer
+from harness_fakes import FakeTask
+from result_rows import make_row
+
+from iasvit import cli
+from iasvit.cli import main, make_app
+from iasvit.errors import IasvitError
+from iasvit.harness import Cell, exit_status, run_cells
+from iasvit.results import ResultStore
+
+app = make_app()
+
+
+@app.command()
+def fake(method: str = "noise", how: str = "defect") -> None:
+    """A fake task."""
+    options = (("how", how),) if method == "broken" else ()
+    rows = run_cells(FakeTask(), [Cell("vit_s", method, "W3A3", 0, 8, options)], ResultStore("runs"))
+    raise typer.Exit(exit_status(rows))
+
+
+@pytest.fixture(autouse=True)
+def _fakes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    harness_fakes.install(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    tasks = {"fake": EntryPoint("fake", "test_cli:app", cli.GROUP), "gone": EntryPoint("gone", "gone.x:app", cli.GROUP)}
+    monkeypatch.setattr(cli, "_tasks", lambda: tasks)
+
+
+def status(monkeypatch: pytest.MonkeyPatch, *args: str, of: typer.Typer | None = None) -> int:
+    monkeypatch.setattr(sys, "argv", ["iasvit", *args])
+    with pytest.raises(SystemExit) as exit_:
+        main(of)
+    return exit_.value.code
+
+
+@pytest.mark.parametrize("as_script", [False, True])
+@pytest.mark.parametrize(
+    ("args", "expected", "last_line"),
+    [
+        ([], 0, "[1/1] top1 "),
+        (["--method", "broken", "--how", "nan"], 1, "[1/1] failed: layer 'fc' puts out NaN"),
+        (["--method", "nope"], 2, "error: method 'nope' is not registered; registered are noise, killed, broken"),
+        (["--method", "noise[x]"], 2, "error: method 'noise[x]' is neither a name"),
+        (["--method", "broken", "--how", "interrupt"], 130, "interrupted; the same command again goes on"),
+        (["--method", "broken", "--how", "full"], 2, "error: the disk is full"),
+        (["--speed", "3"], 2, "Error: No such option: --speed"),
+    ],
+)
+def test_a_task_exits_alike_from_the_command_and_as_a_script(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    as_script: bool,
+    args: list[str],
+    expected: int,
+    last_line: str,
+) -> None:
+    before = [] if as_script else ["run", "fake"]
+    assert status(monkeypatch, *before, *args, of=app if as_script else None) == expected
+    shown = capsys.readouterr().err
+    assert shown.strip().splitlines()[-1].startswith(last_line)
+    assert "Traceback" not in shown
+
+
+def test_the_same_command_again_skips_what_is_stored(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert status(monkeypatch, "run", "fake") == 0
+    assert status(monkeypatch, "run", "fake") == 0
+    assert "stored already" in capsys.readouterr().err
+    assert ResultStore("runs").rows()["command"].tolist() == ["iasvit run fake"] * 2
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["run", "nope"], "error: task 'nope' is not registered; registered are fake, gone"),
+        (["run", "gone"], "error: task 'gone' needs the module 'gone', which is not installed"),
+        (["nope"], "Error: No such command 'nope'."),
+        (["leaderboard", "--published", "bad.csv"], "error: bad.csv has no column 'task'"),
+        (["leaderboard", "--out", "bad.csv"], "error: bad.csv cannot be written: File exists"),
+        (["leaderboard", "--readme", "none.md"], "error: none.md cannot be read: No such file or directory"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_status_2(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], args: list[str], message: str
+) -> None:
+    Path("bad.csv").write_text("a,b\n1,2\n")
+    assert status(monkeypatch, *args) == 2
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith(message)
+
+
+def test_an_error_that_is_nobodys_input_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = make_app()
+
+    @broken.command()
+    def _broken() -> None:
+        raise PermissionError(errno.EACCES, "no")
+
+    monkeypatch.setattr(sys, "argv", ["x"])
+    with pytest.raises(PermissionError):
+        main(broken)
+
+
+def test_a_full_disk_names_the_file(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    full = make_app()
+
+    @full.command()
+    def _full() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "maps/3.bin")
+
+    assert status(monkeypatch, of=full) == 2
+    assert capsys.readouterr().err.startswith("error: the disk is full at maps/3.bin; ")
+
+
+def test_bad_input_is_a_value_error_for_library_callers() -> None:
+    assert issubclass(IasvitError, ValueError)
+
+
+def test_tasks_are_listed_without_being_imported(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert status(monkeypatch, "run", "--help") == 0
+    assert "gone.x:app" in capsys.readouterr().out
+
+
+def test_list_names_methods_and_tasks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.undo()
+    assert status(monkeypatch, "list") == 0
+    words = capsys.readouterr().out.split()
+    assert "ias_vit" in words
+    assert "iasvit.sos:IASViT" in words
+    assert "imagenet" in words
+    assert words.index("methods:") < words.index("ias_vit") < words.index("tasks:") < words.index("imagenet")
+
+
+def test_leaderboard_fills_readme_by_default(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ResultStore("results/runs/reference").append(make_row())
+    Path("README.md").write_text("<!-- table:fake-mini-w3a3 -->\n<!-- /table -->\n")
+    assert status(monkeypatch, "leaderboard") == 0
+    assert capsys.readouterr().out.split() == [
+        *("results/leaderboard.md", "results/fake-mini-w3a3.md", "results/fake-mini-w3a3.csv", "README.md")
+    ]
+    assert "**70.00**† (-10.00)" in Path("README.md").read_text()
+
+
+@pytest.mark.parametrize("statement", ["import iasvit", "import iasvit.cli"])
+def test_imports_stay_light(statement: str) -> None:
+    """Neither `import iasvit` nor `iasvit --help` may pull in what only some commands need."""
+    heavy = ("matplotlib", "mmdet", "mmengine", "torch", "timm", "pandas")
+    code = f"{statement}; import sys; print([m for m in {heavy} if m in sys.modules])"
+    env = {**os.environ, "PYTHONPATH": ""}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
+    assert run.stdout.strip() == "[]"

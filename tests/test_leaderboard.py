@@ -1,0 +1,307 @@
+"""The leaderboard: the right aggregates, nothing mixed, the same bytes each time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from result_rows import make_row
+
+from iasvit import leaderboard
+from iasvit.errors import IasvitError
+from iasvit.leaderboard import measured_documents, published_documents, read_published, table, write_leaderboard
+from iasvit.results import ResultStore, Row
+
+ROOT = Path(__file__).parent.parent
+HEADER = "task,model,method,w_bits,a_bits,metric,value,source\n"
+
+
+@pytest.fixture(autouse=True)
+def _current_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leaderboard, "_current_code", lambda method: "def")
+
+
+def line_of(text: str, start: str) -> list[str]:
+    """The cells of the first table line that starts so, without padding."""
+    line = next(line for line in text.splitlines() if line.startswith(f"| {start} "))
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def store_rows(folder: Path, rows: list[Row]) -> None:
+    for row in rows:
+        ResultStore(folder).append(row)
+
+
+def grid_rows() -> list[Row]:
+    rows = [make_row(seed=seed, top1=value) for seed, value in enumerate((70.0, 71.0, 72.0))]
+    rows += [make_row(seed=seed, model="swin_t", top1=60.0, fp_top1=81.0) for seed in range(3)]
+    rows += [make_row(seed=seed, method="other", top1=71.5) for seed in range(3)]
+    return [*rows, make_row(method="fp32", spec="W32A32", w_bits=32, a_bits=32, calib_size=0, top1=80.0, code_hash="")]
+
+
+def test_a_table_has_mean_deviation_gap_best_and_dash() -> None:
+    (document,) = measured_documents(grid_rows())
+    assert line_of(document.sections, "method") == ["method", "vit_s", "swin_t"]
+    assert line_of(document.sections, "fp32") == ["fp32", "80.00", "81.00"]
+    assert line_of(document.sections, "noise") == ["noise", "71.00 ± 1.00 (-9.00)", "**60.00 ± 0.00** (-21.00)"]
+    assert line_of(document.sections, "other") == ["other", "**71.50 ± 0.00** (-8.50)", "–"]
+    assert "3 seeds a cell" in document.sections
+    assert "Standard error of top1 from the size of the split: at most 1.50." in document.sections
+    assert "```sh\npython x.py\n```" in document.sections
+    assert document.name == "fake-mini-w3a3"
+
+
+def test_the_data_file_has_every_aggregate() -> None:
+    (document,) = measured_documents(grid_rows())
+    data = document.frame.set_index(["method", "model"]).loc[("noise", "vit_s")]
+    assert (data["top1"], data["top1_std"], data["fp_top1"], data["gap_top1"]) == (71.0, 1.0, 80.0, -9.0)
+    assert (data["n"], data["failed"], data["stale"], data["agreement"]) == (3, 0, False, 90.0)
+    assert (data["quantization_seconds"], data["packed_bytes"], data["split_size"]) == (3.0, 30, 20)
+
+
+def test_different_numbers_of_seeds_are_said_cell_by_cell() -> None:
+    (document,) = measured_documents([*grid_rows(), make_row(model="deit_t", top1=50.0)])
+    cells = line_of(document.sections, "noise")
+    assert cells[1:] == ["71.00 ± 1.00 (-9.00, n=3)", "**50.00** (-30.00, n=1)", "**60.00 ± 0.00** (-21.00, n=3)"]
+    assert "n seeds a cell" in document.sections
+
+
+def test_failed_cells_say_so() -> None:
+    broken = {"status": "failed", "reason": "layer 'fc' puts out NaN", "top1": None, "agreement": None}
+    rows = [*grid_rows(), make_row(model="deit_t", **broken), make_row(model="vit_s", seed=3, **broken)]
+    (document,) = measured_documents(rows)
+    assert line_of(document.sections, "noise")[1:3] == ["71.00 ± 1.00 (-9.00, n=3, 1 failed)", "failed"]
+    assert "- noise on deit_t, seed 0, failed: layer 'fc' puts out NaN" in document.sections
+    (only,) = measured_documents([make_row(**broken)])
+    assert line_of(only.sections, "noise") == ["noise", "failed"]
+    assert only.frame["n"].tolist() == [0]
+
+
+def test_a_failure_does_not_outlive_a_later_success() -> None:
+    rows = [make_row(status="failed", reason="x", top1=None), make_row(time="2026-01-02T00:00:00Z")]
+    (document,) = measured_documents(rows)
+    assert "failed" not in document.sections
+
+
+def test_rows_of_other_code_are_marked() -> None:
+    rows = [make_row(), make_row(model="swin_t", code_hash="old")]
+    (document,) = measured_documents(rows)
+    assert line_of(document.sections, "noise")[1:] == ["**70.00** (-10.00)", "**70.00**† (-10.00)"]
+    assert "† measured by other code" in document.sections
+    assert document.frame["stale"].tolist() == [True, False]  # sorted by model's name
+
+
+def test_the_present_code_of_a_method_is_its_hash(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    from iasvit.provenance import code_hash
+
+    assert leaderboard._current_code("ias_vit[-sulq]") == code_hash("iasvit.sos")
+    assert leaderboard._current_code("gone") is None
+
+
+def test_data_sets_bits_and_split_sizes_never_share_a_table() -> None:
+    rows = [make_row(dataset=name, top1=float(n)) for n, name in enumerate(("mini", "mini-hard", "imagenet"), start=1)]
+    rows += [make_row(spec="W4A4", w_bits=4, a_bits=4, top1=4.0), make_row(split_size=50, top1=5.0)]
+    documents = {document.name: document for document in measured_documents(rows)}
+    assert list(documents) == ["fake-imagenet-w3a3", "fake-mini-w3a3", "fake-mini-w4a4", "fake-mini-hard-w3a3"]
+    assert "measured on real data" in documents["fake-imagenet-w3a3"].title
+    assert "embedded mini benchmark" in documents["fake-mini-w3a3"].title
+    assert "mini-hard" in documents["fake-mini-hard-w3a3"].title
+    assert "stress variant" in documents["fake-mini-hard-w3a3"].title
+    for name, values in {"fake-imagenet-w3a3": "3", "fake-mini-hard-w3a3": "2", "fake-mini-w4a4": "4"}.items():
+        assert line_of(documents[name].sections, "noise")[1].startswith(f"**{values}.00**")
+        assert documents[name].sections.count("| noise") == 1
+    mini = documents["fake-mini-w3a3"].sections
+    large, small = mini.split("top1, 20 images")
+    assert "top1, 50 images" in large
+    assert line_of(large, "noise")[1] == "**5.00** (-75.00)"
+    assert line_of(small, "noise")[1] == "**1.00** (-79.00)"
+
+
+def test_settings_and_weights_are_never_averaged_over() -> None:
+    rows = [make_row(options="iterations=1;lr=2", top1=1.0), make_row(options="iterations=9;lr=2", top1=9.0)]
+    rows += [make_row(model="vit_b", weights=name, options="iterations=9;lr=2", top1=5.0) for name in ("x", "y")]
+    rows += [make_row(method="one", options="iterations=5")]
+    (document,) = measured_documents(rows)
+    assert line_of(document.sections, "method")[1:] == ["vit_s", "vit_b [x]", "vit_b [y]"]
+    assert line_of(document.sections, "noise (iterations=1)")[1:] == ["1.00 (-79.00)", "–", "–"]
+    assert line_of(document.sections, "noise (iterations=9)")[1] == "9.00 (-71.00)"
+    assert line_of(document.sections, "one")[1] == "**70.00** (-10.00)"
+    assert "- noise (iterations=9): calib_size=8, iterations=9, lr=2." in document.sections
+
+
+def test_two_primary_metrics_are_two_tables() -> None:
+    row = make_row(bbox_mAP=40.0, fp_bbox_mAP=46.0, segm_mAP=38.0, fp_segm_mAP=41.6)
+    for name in ("top1", "top1_se", "fp_top1", "agreement"):
+        del row[name]
+    (document,) = measured_documents([row])
+    assert document.sections.count("| noise") == 2
+    assert "**40.00** (-6.00)" in document.sections
+    assert "**38.00** (-3.60)" in document.sections
+
+
+def test_images_that_could_not_be_read_are_said() -> None:
+    (document,) = measured_documents([make_row(unreadable=2.0), make_row(seed=1, unreadable=2.0)])
+    assert "- 2 images of the split could not be read and were left out." in document.sections
+
+
+def test_a_runs_own_table_has_its_cells_and_no_command() -> None:
+    text = table([make_row(), make_row(method="other", top1=20.0), make_row(method="fp32", spec="W32A32")])
+    assert line_of(text, "fp32") == ["fp32", "80.00"]
+    assert line_of(text, "noise") == ["noise", "**70.00** (-10.00)"]
+    assert "python x.py" not in text
+    assert "W32A32" not in text
+    assert line_of(table([make_row()], ["agreement"]), "noise") == ["noise", "**90.00**"]
+    assert table([]) == ""
+
+
+# Files
+
+
+def write_all(tmp_path: Path, out: str, order: int = 1, readme: Path | None = None) -> dict[str, bytes]:
+    runs = tmp_path / f"runs-{out}"
+    rows = grid_rows()[::order]
+    store_rows(runs, rows[:5])
+    store_rows(runs / "reference", rows[5:])
+    (tmp_path / "published.csv").write_text(
+        HEADER + "imagenet,vit_s,fp32,32,32,top1,81,x\nimagenet,vit_s,a,3,3,top1,1,x\n"
+    )
+    write_leaderboard(runs, tmp_path / "published.csv", tmp_path / out, readme)
+    return {path.name: path.read_bytes() for path in (tmp_path / out).iterdir()}
+
+
+def test_the_same_rows_give_the_same_bytes_in_any_order(tmp_path: Path) -> None:
+    first = write_all(tmp_path, "a")
+    assert sorted(first) == [
+        *("fake-mini-w3a3.csv", "fake-mini-w3a3.md", "imagenet-published-w3a3.csv", "imagenet-published-w3a3.md"),
+        "leaderboard.md",
+    ]
+    assert write_all(tmp_path, "b", order=-1) == first
+    assert b"published" not in first["fake-mini-w3a3.md"]
+    assert b"not measured here" in first["imagenet-published-w3a3.md"]
+    again = {path: path.stat().st_mtime_ns for path in (tmp_path / "a").iterdir()}
+    write_leaderboard(tmp_path / "runs-a", tmp_path / "published.csv", tmp_path / "a")
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "a").iterdir()} == again
+
+
+def test_the_latest_of_equal_keys_counts_across_files(tmp_path: Path) -> None:
+    store_rows(tmp_path / "runs", [make_row(top1=1.0, time="2026-01-02T00:00:00Z")])
+    store_rows(tmp_path / "runs" / "reference", [make_row(top1=2.0, time="2026-01-01T00:00:00Z")])
+    write_leaderboard(tmp_path / "runs", tmp_path / "none.csv", tmp_path / "out")
+    assert "**1.00** (-79.00)" in (tmp_path / "out" / "fake-mini-w3a3.md").read_text()
+
+
+def test_a_table_without_rows_goes_and_other_files_stay(tmp_path: Path) -> None:
+    write_all(tmp_path, "a")
+    (tmp_path / "a" / "notes.md").write_text("mine\n")
+    write_leaderboard(tmp_path / "none", tmp_path / "published.csv", tmp_path / "a")
+    left = sorted(path.name for path in (tmp_path / "a").iterdir())
+    assert left == ["imagenet-published-w3a3.csv", "imagenet-published-w3a3.md", "leaderboard.md", "notes.md"]
+
+
+def test_a_malformed_row_is_reported_and_the_rest_is_there(tmp_path: Path) -> None:
+    store_rows(tmp_path / "runs", grid_rows())
+    path = tmp_path / "runs" / "fake-mini.csv"
+    path.write_text(path.read_text() + "cut off")
+    reports: list[str] = []
+    write_leaderboard(tmp_path / "runs", tmp_path / "none.csv", tmp_path / "out", None, reports.append)
+    assert reports == [f"{path} line 12 was cut off while it was written; row left out"]
+    assert "71.00 ± 1.00" in (tmp_path / "out" / "fake-mini-w3a3.md").read_text()
+
+
+def test_readme_gets_its_tables_between_markers(tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    old = "# x\n<!-- table:fake-mini-w3a3 -->\nold\n<!-- /table -->\nmid\n<!-- table:{} -->\n<!-- /table -->\nend\n"
+    readme.write_text(old.format("imagenet-published-w3a3"))
+    write_all(tmp_path, "a", readme=readme)
+    text = readme.read_text()
+    assert "\nold\n" not in text
+    assert text.startswith("# x\n<!-- table:fake-mini-w3a3 -->\n**fake on mini, W3A3: measured on the embedded mini")
+    assert text.endswith("\n<!-- /table -->\nend\n")
+    first, second = text.split("\nmid\n")
+    assert "71.00 ± 1.00" in first
+    assert "published values" in second
+    assert "published values" not in first
+    write_leaderboard(tmp_path / "runs-a", tmp_path / "published.csv", tmp_path / "a", readme)
+    assert readme.read_text() == text
+
+
+def test_a_marker_without_rows_is_reported_and_left(tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- table:nothing -->\nkept\n<!-- /table -->\n")
+    reports: list[str] = []
+    write_leaderboard(tmp_path, tmp_path / "none.csv", tmp_path / "out", readme, reports.append)
+    assert readme.read_text() == "<!-- table:nothing -->\nkept\n<!-- /table -->\n"
+    assert "'nothing'" in reports[0]
+
+
+def test_a_marker_without_end_is_an_error_and_changes_nothing(tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- table:fake-mini-w3a3 -->\nrest of the text\n")
+    with pytest.raises(IasvitError, match="1 table markers, but 0"):
+        write_all(tmp_path, "a", readme=readme)
+    assert readme.read_text() == "<!-- table:fake-mini-w3a3 -->\nrest of the text\n"
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "a").touch()
+    with pytest.raises(IasvitError, match="cannot be written"):
+        write_leaderboard(tmp_path / "none", tmp_path / "none.csv", tmp_path / "a")
+
+
+# Published values
+
+
+def test_the_published_values_are_sound() -> None:
+    published = read_published(ROOT / "results" / "published.csv")
+    assert len(published) > 250
+    assert set(published["task"]) == {"imagenet", "coco"}
+    assert published["value"].between(0.1, 100).all()
+    ias_vit = published[
+        (published["method"] == "ias_vit") & (published["w_bits"] == 3) & (published["model"] == "deit_s")
+    ]
+    assert ias_vit["value"].tolist() == [55.78]
+    full = published[published["method"] == "fp32"].set_index(["model", "metric"])["value"]
+    quantized = published[published["method"] != "fp32"]
+    best = quantized.groupby(["model", "metric"])["value"].max()
+    assert (best <= full.reindex(best.index) + 0.5).all()  # every model has its full precision, and little exceeds it
+
+
+def test_the_published_values_equal_the_shared_reference() -> None:
+    reference = ROOT.parent / "shared" / "reference" / "published.csv"
+    if not reference.is_file():
+        pytest.skip("no shared reference beside the project")
+    assert (ROOT / "results" / "published.csv").read_bytes() == reference.read_bytes()
+
+
+def test_published_tables_have_gap_best_and_source(tmp_path: Path) -> None:
+    path = tmp_path / "p.csv"
+    lines = ["imagenet,swin_b,a,4,4,top1,50,Paper A", "imagenet,vit_s,b,4,4,top1,60.5,Paper B"]
+    lines += ["imagenet,vit_s,a,4,4,top1,60,Paper A", "imagenet,vit_s,fp32,32,32,top1,81.39,Paper A"]
+    path.write_text(HEADER + "\n".join(lines) + "\n")
+    (document,) = published_documents(read_published(path))
+    assert line_of(document.sections, "fp32") == ["fp32", "81.39", "–"]
+    assert line_of(document.sections, "a") == ["a", "60.00 (-21.39)", "**50.00**"]
+    assert line_of(document.sections, "b") == ["b", "**60.50** (-20.89)", "–"]
+    assert "- Paper A: a.\n- Paper B: b." in document.sections
+    assert isinstance(document.frame, pd.DataFrame)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("imagenet,vit_s,a,3,3,top1,101,x", "line 3: value is '101', but 0 to 100"),
+        ("imagenet,vit_s,a,3,3,top1,n/a,x", "line 3: value is 'n/a'"),
+        ("imagenet,vit_s,a,three,3,top1,1,x", "line 3: w_bits is 'three'"),
+        ("imagenet,vit_s,a,3,3,top1,1,", "line 3 names no source"),
+        ("imagenet,vit_s,b,3,3,top1,2,y", "line 3 repeats the cell"),
+        ("imagenet,vit_s,b,3,3,top1,2,y,z,1", "cannot be read as CSV"),
+    ],
+)
+def test_a_wrong_published_line_is_named(tmp_path: Path, line: str, message: str) -> None:
+    path = tmp_path / "p.csv"
+    path.write_text(HEADER + "imagenet,vit_s,b,3,3,top1,1,x\n" + line + "\n")
+    with pytest.raises(IasvitError, match=message):
+        read_published(path)
