@@ -22,7 +22,9 @@ from iasvit.errors import IasvitError
 from iasvit.harness import Cell, estimate, exit_status, format_estimates, run_cells
 from iasvit.leaderboard import table
 from iasvit.methods import get_method, list_methods, method_options
+from iasvit.models import Site, insert_quantizers
 from iasvit.progress import Progress
+from iasvit.quantizers import UniformQuantizer
 from iasvit.results import ResultStore
 from iasvit.spec import QuantSpec
 from tasks.imagenet_data import FolderImages, ImagenetteImages, Images, MiniImages
@@ -220,6 +222,25 @@ def make_cells(
     return cells
 
 
+def check_models(models: Models, backbones: Sequence[str], specs: Sequence[QuantSpec]) -> None:
+    """Find out before anything runs what would stop a backbone: name, weights file, module, or an override of bits.
+
+    Raises:
+        IasvitError: with the fault.
+    """
+
+    def quantizer(site: Site) -> UniformQuantizer:
+        return UniformQuantizer(site.n_bits)
+
+    for name in backbones:
+        models.check(name)
+        for spec in specs:
+            try:
+                insert_quantizers(models.architecture(name), spec, quantizer, quantizer)
+            except IasvitError as error:
+                raise IasvitError(f"backbone {name!r} cannot be quantized to {spec}: {error}") from None
+
+
 def make_device(name: str | None) -> torch.device:
     """The device of that name; by default cuda where there is one, else cpu.
 
@@ -311,16 +332,16 @@ def imagenet(
     ):
         _at_least(option, value, least)
     given = {"iterations": iterations, "batch_size": batch_size, "lr": lr}
+    backbones, specs = _unique(backbone or profile.backbones), _unique([QuantSpec.parse(text) for text in bits])
     cells = make_cells(
-        _unique(backbone or profile.backbones),
-        _unique([QuantSpec.parse(text) for text in bits]),
+        backbones,
+        specs,
         _unique(method or list_methods()),
         _unique(seed),
         calib_size or profile.calib_size,
         profile,
         {name: value for name, value in given.items() if value is not None},
     )
-    backbones = _unique([cell.model for cell in cells])
     if checkpoint is not None and len(backbones) > 1:
         raise IasvitError(
             f"--checkpoint is of one backbone, but {len(backbones)} are asked for: {', '.join(backbones)}"
@@ -333,8 +354,7 @@ def imagenet(
         device=make_device(device),
         limit=limit,
     )
-    for name in backbones:
-        task.models.check(name)
+    check_models(task.models, backbones, specs)
     task.images.check_calibration(cells[0].calib_size)
     store = ResultStore(results)
     if dry_run:

@@ -43,6 +43,9 @@ class Models(Protocol):
     def check(self, name: str) -> None:
         """Raise IasvitError where there is no model of that name (the message says what exists), or no weights file."""
 
+    def architecture(self, name: str) -> nn.Module:
+        """The model without weights, on the meta device: instant and of no size."""
+
     def load(self, name: str) -> nn.Module:
         """The model, eval(), on the CPU."""
 
@@ -86,6 +89,11 @@ class TimmModels:
             describe_file(self._checkpoint)
         elif self._pretrained and not tags:
             raise IasvitError(f"timm has no pretrained weights of {name!r}; give --checkpoint FILE or --no-pretrained")
+
+    def architecture(self, name: str) -> nn.Module:
+        """See `Models`."""
+        with torch.device("meta"):
+            return timm.create_model(PAPER_BACKBONES.get(name, name), pretrained=False)
 
     def load(self, name: str) -> nn.Module:
         """See `Models`.
@@ -155,6 +163,13 @@ class MiniModels:
             describe_file(self._checkpoint)
         elif self._pretrained:
             zoo.read_metadata(name)
+
+    def architecture(self, name: str) -> nn.Module:
+        """See `Models`."""
+        from tasks.mini import zoo
+
+        with torch.device("meta"):
+            return zoo.build(name)
 
     def load(self, name: str) -> nn.Module:
         """See `Models`.

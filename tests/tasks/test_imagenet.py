@@ -28,7 +28,7 @@ from tasks.imagenet import MINI, PAPER, Data, ImageNetTask, app, make_cells, mak
 from tasks.imagenet_data import FolderImages, ImagenetteImages, MiniImages, fetch_imagenette, imagenet_classes, spread
 from tasks.imagenet_models import PAPER_BACKBONES, MiniModels, TimmModels
 from tasks.metrics import Predictions, classification_scores
-from tasks.mini import scenes
+from tasks.mini import scenes, zoo
 
 ROOT = Path(__file__).parents[2]
 SAMPLE = ROOT.parent / "shared" / "imagenet-sample"
@@ -362,6 +362,19 @@ def test_weights_that_cannot_be_fetched_are_one_sentence(monkeypatch: pytest.Mon
         TimmModels().load("deit_t")
 
 
+def test_the_mini_benchmark_is_complete_or_says_how_to_train_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = MiniModels()
+    monkeypatch.setattr("tasks.mini.zoo.CHECKPOINTS", tmp_path)
+    with pytest.raises(IasvitError, match=r"deit_t\.safetensors does not exist.*tasks\.mini\.train"):
+        models.check("deit_t")
+    zoo.save(zoo.build("deit_t", seed=7), zoo.checkpoint_path("deit_t"), {})
+    models.check("deit_t")
+    assert models.weights("deit_t").startswith("deit_t.safetensors sha256:")
+    assert torch.equal(models.load("deit_t").head.weight, zoo.build("deit_t", seed=7).head.weight.half().float())
+
+
 def test_a_model_with_other_classes_is_refused(tree: Path) -> None:
     network = ColourNetwork()
     network.num_classes = 21843
@@ -514,6 +527,7 @@ def complaint(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
         (["--seed", -1], ["--seed is -1"]),
         (["--device", "nosuch"], ["--device nosuch", "cpu"]),
         (["--data-root", "."], ["--data-root", "--data imagenet"]),
+        (["--bits", "W3A3,nosuch=W8A8", "--no-pretrained"], ["'deit_t'", "override 'nosuch'", "patch_embed.proj"]),
         (["--checkpoint", "x.pth"], ["--checkpoint", "deit_t, swin_t"]),
         (["--checkpoint", "x.pth", "--backbone", "deit_t"], ["x.pth", "cannot be read"]),
     ],
@@ -533,6 +547,8 @@ def test_bad_options(
     [
         (["--backbone", "deit_smal_patch16_224"], ["'deit_smal_patch16_224'", "deit_small_patch16_224"]),
         (["--backbone", "deit_tiny_patch16_224.nosuch"], ["no weights 'nosuch'", "fb_in1k"]),
+        (["--backbone", "beit_base_patch16_224"], ["'beit_base_patch16_224'", "no supported attention"]),
+        (["--backbone", "vit_base_patch16_siglip_224"], ["module 'attn_pool'"]),
         (["--calib-size", 13], ["--calib-size is 13", "12 images"]),
         (["--limit", 10, "--calib-size", 4], ["--limit is 10", "9 images"]),
     ],
