@@ -117,6 +117,7 @@ class ImageNetTask:
                 f"backbone {model!r} has {network.num_classes} classes, but the labels of {self.dataset} are of "
                 f"{counts}; choose a model or weights with as many"
             )
+        self.images.prepare()
         return network.to(self.device)
 
     def weights(self, model: str) -> str:

@@ -38,6 +38,9 @@ class Images(Protocol):
     def __len__(self) -> int:
         """Images in the evaluation split, unreadable ones included."""
 
+    def prepare(self) -> None:
+        """Do once what should not count as the first evaluation's time."""
+
     def batches(self, config: DataConfig) -> Iterator[Batch]:
         """The readable images of the evaluation split, in order."""
 
@@ -168,6 +171,9 @@ class FolderImages:
 
     def __len__(self) -> int:
         return len(self._positions)
+
+    def prepare(self) -> None:
+        """See `Images`; nothing: photographs are read as they are evaluated."""
 
     def batches(self, config: DataConfig) -> Iterator[Batch]:
         """See `Images`."""
@@ -305,6 +311,10 @@ class MiniImages:
 
     def __len__(self) -> int:
         return self._size
+
+    def prepare(self) -> None:
+        """See `Images`; draws the scenes."""
+        _ = self._val
 
     @cached_property
     def _val(self) -> tuple[Tensor, Tensor]:
