@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,6 +23,21 @@ from iasvit.errors import IasvitError
 
 class JournalError(IasvitError):
     """The journal cannot be written: the disk is at fault, not the method, so a run stops."""
+
+
+class _Lines(tqdm):
+    """For logs: a plain line every `mininterval` seconds, and none for what takes less."""
+
+    def __init__(self, mininterval: float, **options: Any) -> None:
+        form = "{desc}: {n_fmt}/{total_fmt} after {elapsed}, {remaining} to go"
+        super().__init__(  # the position keeps tqdm from moving the cursor
+            mininterval=mininterval, delay=mininterval, leave=False, position=1, bar_format=form, **options
+        )
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        """Print the line as it is now; tqdm's request to clear it (an empty message) is ignored."""
+        if msg is None:
+            print(self, file=sys.stderr, flush=True)
 
 
 class Progress:
@@ -52,17 +68,11 @@ class Progress:
 
         A phase inside another counts for itself alone. One without a total shows no bar.
         """
-        terminal = sys.stderr.isatty()
-        bar = tqdm(
-            total=total,
-            desc=f"{self.label} {name}".strip(),
-            disable=self.quiet or not total,
-            mininterval=0.2 if terminal else self.LINE_EVERY,
-            ascii=not terminal,
-            ncols=None if terminal else 100,
-            leave=not terminal,
-            file=sys.stderr,
-        )
+        desc, disable = f"{self.label} {name}".strip(), self.quiet or not total
+        if sys.stderr.isatty():
+            bar = tqdm(total=total, desc=desc, disable=disable, mininterval=0.2, leave=False)
+        else:
+            bar = _Lines(total=total, desc=desc, disable=disable, mininterval=self.LINE_EVERY)
         self._charge()
         self._running.append(name)
         self.seconds.setdefault(name, 0.0)

@@ -320,6 +320,24 @@ def test_a_phase_inside_another_counts_for_itself_and_the_journal_knows_a_runnin
     assert resumed.seconds == {"outer": 3, "inner": 4}
 
 
+def test_a_log_gets_whole_lines_and_none_for_short_phases(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    progress = Progress("vit_s", quiet=False)
+    with progress.phase("short", 3) as bar:
+        bar.update(3)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(Progress, "LINE_EVERY", 1e-9)
+    with progress.phase("reconstruction", 3) as bar:
+        for _ in range(3):
+            bar.update()
+    shown = capsys.readouterr().err
+    assert "\r" not in shown
+    assert [line.split(" after")[0] for line in shown.splitlines()] == [
+        f"vit_s reconstruction: {n}/3" for n in (1, 2, 3)
+    ]
+
+
 # Provenance
 
 
