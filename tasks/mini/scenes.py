@@ -241,19 +241,24 @@ def _draw(split: str, index: int, size: int, objects: tuple[int, int] | None, tr
     return canvas, classes
 
 
-def _check(split: str, size: int, **numbers: int) -> None:
-    if split not in SPLITS:
-        raise IasvitError(f"Unknown split {split!r} of the mini benchmark: it has {', '.join(SPLITS)}.")
-    for name, value in {"size": size, **numbers}.items():
+def _integers(**numbers: object) -> list[int]:
+    """The arguments as Python integers: a numpy scalar would turn float32 arithmetic into float64."""
+    result = []
+    for name, value in numbers.items():
         try:
-            operator.index(value)
+            result.append(operator.index(value))
         except TypeError:
             raise IasvitError(f"The scenes' {name} must be an integer, not {value!r}.") from None
+        if not 0 <= result[-1] < 2**63:
+            raise IasvitError(f"The scenes' {name} must be from 0 to 2^63 - 1, not {value}.")
+    return result
+
+
+def _check(split: str, size: int) -> None:
+    if split not in SPLITS:
+        raise IasvitError(f"Unknown split {split!r} of the mini benchmark: it has {', '.join(SPLITS)}.")
     if size < MIN_SIZE:
         raise IasvitError(f"Scenes must be at least {MIN_SIZE} pixels wide, not {size}.")
-    for name, value in numbers.items():
-        if not 0 <= value < 2**63:
-            raise IasvitError(f"The scenes' {name} must be from 0 to 2^63 - 1, not {value}.")
 
 
 def render(split: str, index: int, size: int = 56, objects: tuple[int, int] | None = None) -> Scene:
@@ -270,9 +275,13 @@ def render(split: str, index: int, size: int = 56, objects: tuple[int, int] | No
     Raises:
         IasvitError: unknown split, negative index, or size or objects out of range.
     """
-    _check(split, size, index=index)
-    if objects is not None and not (len(objects) == 2 and 1 <= objects[0] <= objects[1] <= MAX_OBJECTS):
-        raise IasvitError(f"objects must be (least, most) with 1 ≤ least ≤ most ≤ {MAX_OBJECTS}, not {objects!r}.")
+    index, size = _integers(index=index, size=size)
+    _check(split, size)
+    if objects is not None:
+        least, most = _integers(least=objects[0], most=objects[1])
+        if not 1 <= least <= most <= MAX_OBJECTS:
+            raise IasvitError(f"objects must be (least, most) with 1 ≤ least ≤ most ≤ {MAX_OBJECTS}, not {objects!r}.")
+        objects = least, most
     canvas, classes = _draw(split, index, size, objects, track=True)
     kept_classes, boxes, masks, areas = [], [], [], []
     for number, (shape, full) in enumerate(zip(classes, canvas.full_area, strict=True), start=1):
@@ -303,7 +312,8 @@ def render_images(split: str, start: int, count: int, size: int = 56) -> tuple[n
     Raises:
         IasvitError: unknown split, negative start or count, or size out of range.
     """
-    _check(split, size, start=start, count=count)
+    start, count, size = _integers(start=start, count=count, size=size)
+    _check(split, size)
     images = np.empty((count, size, size, 3), dtype=np.uint8)
     labels = np.empty(count, dtype=np.int64)
     for offset in range(count):
