@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import multiprocessing
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -59,8 +62,8 @@ def test_everything_that_decides_a_number_is_in_the_key(store: ResultStore, chan
 
 
 def test_of_equal_keys_the_latest_counts_and_nothing_is_deleted(store: ResultStore) -> None:
-    for value, time in ((1.0, "2026-01-01T00:00:00Z"), (2.0, "2026-01-03T00:00:00Z"), (3.0, "2026-01-02T00:00:00Z")):
-        store.append(make_row(top1=value, time=time))
+    for value, when in ((1.0, "2026-01-01T00:00:00Z"), (2.0, "2026-01-03T00:00:00Z"), (3.0, "2026-01-02T00:00:00Z")):
+        store.append(make_row(top1=value, time=when))
     assert store.rows()["top1"].tolist() == [2.0]
     assert store.find(Key.of(make_row()))["top1"] == 2.0
     store.append(make_row(top1=4.0, time="2026-01-03T00:00:00Z"))  # within one second, order decides
@@ -100,6 +103,21 @@ def test_concurrent_writers_lose_nothing(store: ResultStore, reports: list[str],
     assert sorted(row["seed"] for row in rows) == sorted(1000 * w + i for w in range(4) for i in range(50))
     if widening:
         assert all(row[f"metric{row['seed'] // 1000}"] == row["seed"] % 1000 for row in rows if row["seed"] % 10 == 9)
+
+
+def test_a_writer_that_waited_for_a_replaced_file_writes_to_the_new_one(store: ResultStore) -> None:
+    store.append(make_row())
+    path = file_of(store)
+    with open(path) as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        writer = threading.Thread(target=ResultStore(store.folder).append, args=(make_row(seed=1),))
+        writer.start()
+        time.sleep(0.3)  # until it waits for the lock of the old file
+        beside = path.with_suffix(".new")
+        beside.write_bytes(path.read_bytes())
+        os.replace(beside, path)
+    writer.join(30)
+    assert store.rows()["seed"].tolist() == [0, 1]
 
 
 def test_a_row_that_a_killed_writer_cut_off_is_reported_and_merges_with_none(
