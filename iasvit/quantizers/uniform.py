@@ -11,12 +11,19 @@ from torch import Tensor
 from iasvit.quantizers.base import Quantizer
 from iasvit.quantizers.search import ACTIVATION_PERCENTILES, best_candidate, by_channel, percentile_ranges
 
-SMALLEST_SCALE = 1e-8  # of a channel that is constant
+SMALLEST_SCALE = 1e-8  # of a channel that is 0 throughout
+LARGEST_ZERO_POINT = 2.0**16
 
 
 def range_to_uniform(low: Tensor, high: Tensor, n_bits: int) -> tuple[Tensor, Tensor]:
-    """Scale s = (high - low) / (2^b - 1) and zero-point z = round(-low / s), an integer held as float."""
-    scale = ((high - low) / (2**n_bits - 1)).clamp_min(SMALLEST_SCALE)
+    """Scale s = (high - low) / (2^b - 1) and zero-point z = round(-low / s), an integer held as float.
+
+    A channel that is constant, or so nearly that |z| would exceed 2^16, gets s = max(|low|, |high|) and z = ∓1, which
+    stand for the constant exactly: a huge z would overflow, and reparameterization averages z over the channels.
+    """
+    scale = (high - low) / (2**n_bits - 1)
+    magnitude = torch.maximum(low.abs(), high.abs())
+    scale = torch.where(scale * LARGEST_ZERO_POINT < magnitude, magnitude, scale).clamp_min(SMALLEST_SCALE)
     return scale, torch.round(-low / scale)
 
 
@@ -60,8 +67,8 @@ class UniformQuantizer(Quantizer):
         """Set scale and (integer-valued) zero-point: one entry a channel, or one entry in all when per tensor."""
         if self.channel_dim is None:
             scale, zero_point = scale.reshape(()), zero_point.reshape(())
-        self.scale = scale.detach().to(torch.float32)
-        self.zero_point = zero_point.detach().round().to(torch.int32)
+        self.scale = scale.detach().to(torch.float32, copy=True)  # quantizers never share storage: files refuse it
+        self.zero_point = zero_point.detach().round().to(torch.int32, copy=True)
 
     def _shaped(self, ndim: int) -> tuple[Tensor, Tensor]:
         """Scale and zero-point as float tensors that broadcast against an ndim-dimensional x."""
