@@ -54,7 +54,11 @@ class Quantizer(nn.Module):
         return all(getattr(self, name).numel() for name in self.parameters_)
 
     def calibrate(self, x: Tensor) -> None:
-        """Choose the quantizer's parameters for values such as x's; raises IasvitError for NaN, Inf or no value."""
+        """Choose the quantizer's parameters for values such as x's.
+
+        Raises:
+            IasvitError: x is empty, holds NaN or Inf, or values outside the quantizer's domain.
+        """
         if x.numel() == 0:
             raise IasvitError("an empty tensor was given for calibration; at least one image is needed")
         if not torch.isfinite(x).all():

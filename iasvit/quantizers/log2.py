@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from iasvit.errors import IasvitError
 from iasvit.quantizers.base import Quantizer
 from iasvit.quantizers.search import ACTIVATION_PERCENTILES, best_candidate, upper_quantiles
 
@@ -19,6 +20,12 @@ def power_of_two(exponent: Tensor) -> Tensor:
     Below 2^-126 the result is 0.
     """
     return (exponent.to(torch.int32) + 127).clamp_(0, 254).bitwise_left_shift_(23).view(torch.float32)
+
+
+def require_non_negative(x: Tensor) -> None:
+    """Raise IasvitError for a value below 0, which has no logarithm."""
+    if x.min() < 0:
+        raise IasvitError(f"{x.min().item():.3g} was given for calibration; a log2 quantizer takes values from 0 on")
 
 
 class Log2Quantizer(Quantizer):
@@ -48,6 +55,7 @@ class Log2Quantizer(Quantizer):
         self.percentiles = tuple(percentiles)
 
     def _calibrate(self, x: Tensor) -> None:
+        require_non_negative(x)
         rows = x.float().reshape(1, -1)
         smallest = torch.finfo(torch.float32).tiny
         candidates = [(high.clamp_min(smallest),) for high in upper_quantiles(rows, self.percentiles)]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from iasvit.quantizers.base import Quantizer
-from iasvit.quantizers.log2 import power_of_two
+from iasvit.quantizers.log2 import power_of_two, require_non_negative
 from iasvit.quantizers.search import best_candidate
 from iasvit.quantizers.uniform import range_to_uniform
 
@@ -45,6 +45,7 @@ class SULQuantizer(Quantizer):
         self.shifts = tuple(shifts)
 
     def _calibrate(self, x: Tensor) -> None:
+        require_non_negative(x)
         rows = x.float().reshape(1, -1)
         smallest, largest = rows.amin(dim=1), rows.amax(dim=1)
         candidates = []
