@@ -8,7 +8,7 @@ from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, 
 from torch import nn
 
 from iasvit.models.base import Inserter, NormLinearPair, Segment
-from iasvit.models.vit import block_pairs, insert_block, set_eps
+from iasvit.models.vit import block_pairs, check_block, insert_block, mlp_ratio, set_eps
 
 
 class SwinAdapter:
@@ -51,6 +51,9 @@ class SwinAdapter:
 
     def describe(self, model: SwinTransformer) -> dict[str, Any]:
         """Constructor arguments of an equal model."""
+        for prefix, module in _links(model):
+            if not prefix.endswith("downsample"):
+                check_block(module, prefix, SwinTransformerBlock, WindowAttention)
         blocks = [stage.blocks[0] for stage in model.layers]
         return {
             "class": "SwinTransformer",
@@ -62,6 +65,7 @@ class SwinAdapter:
             "embed_dim": model.patch_embed.proj.out_channels,
             "depths": [len(stage.blocks) for stage in model.layers],
             "num_heads": [block.attn.num_heads for block in blocks],
+            "head_dim": [block.attn.proj.in_features // block.attn.num_heads for block in blocks],
             "strict_img_size": not model.dynamic_img_size,
             "stages": [
                 {
@@ -71,7 +75,7 @@ class SwinAdapter:
                 }
                 for stage, block in zip(model.layers, blocks, strict=True)
             ],
-            "mlp_ratio": [block.mlp.fc1.out_features / block.dim for block in blocks],
+            "mlp_ratio": [mlp_ratio(block.mlp, block.dim) for block in blocks],
             "qkv_bias": blocks[0].attn.qkv.bias is not None,
             "drop_path_rate": 0.0,
             "eps": blocks[0].norm1.eps,
@@ -82,7 +86,7 @@ class SwinAdapter:
         arguments = dict(description)
         arguments.pop("class")
         eps, stages = arguments.pop("eps"), arguments.pop("stages")
-        for name in ("img_size", "depths", "num_heads", "mlp_ratio"):
+        for name in ("img_size", "depths", "num_heads", "head_dim", "mlp_ratio"):
             arguments[name] = tuple(arguments[name])
         model = SwinTransformer(**arguments, weight_init="skip")
         for stage, sizes in zip(model.layers, stages, strict=True):  # windows may differ from what the arguments give

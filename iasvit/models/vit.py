@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import timm.layers
 from timm.layers import Attention, Mlp
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
@@ -46,6 +47,8 @@ class ViTAdapter:
 
     def describe(self, model: VisionTransformer) -> dict[str, Any]:
         """Constructor arguments of an equal model."""
+        for index, block in enumerate(model.blocks):
+            check_block(block, f"blocks.{index}", Block, Attention)
         block = model.blocks[0]
         distilled = isinstance(model, VisionTransformerDistilled)
         embed = model.patch_embed
@@ -61,7 +64,7 @@ class ViTAdapter:
             "embed_dim": model.embed_dim,
             "depth": len(model.blocks),
             "num_heads": block.attn.num_heads,
-            "mlp_ratio": block.mlp.fc1.out_features / model.embed_dim,
+            "mlp_ratio": mlp_ratio(block.mlp, model.embed_dim),
             "qkv_bias": block.attn.qkv.bias is not None,
             "qk_norm": not isinstance(block.attn.q_norm, nn.Identity),
             "scale_attn_norm": not isinstance(block.attn.norm, nn.Identity),
@@ -91,7 +94,7 @@ class ViTAdapter:
             arguments[name] = tuple(arguments[name])
         if model_class is VisionTransformerDistilled:
             arguments["reg_tokens"] = 0
-        model = model_class(**arguments, act_layer=getattr(nn, act, None) or act.lower(), weight_init="skip")
+        model = model_class(**arguments, act_layer=_activation(act), weight_init="skip")
         set_eps(model, eps)
         return model
 
@@ -110,13 +113,7 @@ def insert_block(
     Raises:
         IasvitError: the block, its attention or its MLP is of another class; the message names the module.
     """
-    _require(type(block) is block_class, prefix, block, block_class.__name__)
-    _require(type(block.attn) is attention_class, f"{prefix}.attn", block.attn, attention_class.__name__)
-    _require(type(block.mlp) is Mlp, f"{prefix}.mlp", block.mlp, Mlp.__name__)
-    for name in ("norm1", "norm2"):
-        norm = getattr(block, name)
-        is_layer_norm = isinstance(norm, nn.LayerNorm) and norm.elementwise_affine and norm.bias is not None
-        _require(is_layer_norm, f"{prefix}.{name}", norm, "LayerNorm with weight and bias")
+    check_block(block, prefix, block_class, attention_class)
     product_qk = inserter.product(f"{prefix}.attn.matmul_qk", "query", "key")
     product_av = inserter.product(f"{prefix}.attn.matmul_av", "softmax", "value")
     block.attn = explicit_attention(
@@ -128,6 +125,22 @@ def insert_block(
     inserter.layer(model, f"{prefix}.attn.proj", "input")
     inserter.layer(model, f"{prefix}.mlp.fc1", "norm")
     inserter.layer(model, f"{prefix}.mlp.fc2", "gelu" if isinstance(block.mlp.act, nn.GELU) else "input")
+
+
+def check_block(block: nn.Module, prefix: str, block_class: type[nn.Module], attention_class: type[nn.Module]) -> None:
+    """Raise IasvitError where a float block, its attention, MLP or a LayerNorm is of a class that is not supported."""
+    _require(type(block) is block_class, prefix, block, block_class.__name__)
+    _require(type(block.attn) is attention_class, f"{prefix}.attn", block.attn, attention_class.__name__)
+    _require(type(block.mlp) is Mlp, f"{prefix}.mlp", block.mlp, Mlp.__name__)
+    for name in ("norm1", "norm2"):
+        norm = getattr(block, name)
+        is_layer_norm = isinstance(norm, nn.LayerNorm) and norm.elementwise_affine and norm.bias is not None
+        _require(is_layer_norm, f"{prefix}.{name}", norm, "LayerNorm with weight and bias")
+
+
+def mlp_ratio(mlp: Mlp, dim: int) -> float:
+    """A ratio from which timm's int(dim * ratio) makes the hidden width again, whatever the rounding."""
+    return (mlp.fc1.out_features + 0.5) / dim
 
 
 def block_pairs(block: nn.Module, prefix: str) -> list[NormLinearPair]:
@@ -145,6 +158,13 @@ def set_eps(model: nn.Module, eps: float) -> None:
     for module in model.modules():
         if isinstance(module, nn.LayerNorm):
             module.eps = eps
+
+
+def _activation(name: str) -> type[nn.Module]:
+    for module in (nn, timm.layers):
+        if hasattr(module, name):
+            return getattr(module, name)
+    raise IasvitError(f"activation {name!r} is found neither in torch.nn nor in timm.layers")
 
 
 def _heads(model: VisionTransformer) -> list[str]:
