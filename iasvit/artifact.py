@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -110,7 +111,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     except (OSError, SafetensorError) as error:
         raise IasvitError(f"{path} cannot be written: {error}") from error
     finally:
-        beside.unlink(missing_ok=True)
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
 
 
 @torch.no_grad()
@@ -119,8 +121,13 @@ def _check_saved(model: nn.Module, path: Path, architecture: dict[str, Any]) -> 
     height, width = architecture["img_size"]
     generator = torch.Generator().manual_seed(0)
     image = torch.randn(1, architecture["in_chans"], height, width, generator=generator).to(device)
-    if not torch.equal(load(path).to(device)(image), model(image)):
-        raise IasvitError(f"the {type(model).__name__} given to save has parts that a file cannot rebuild; not saved")
+    message = f"the {type(model).__name__} given to save has parts that a file cannot rebuild; not saved"
+    try:
+        loaded = load(path).to(device)
+    except IasvitError as error:
+        raise IasvitError(f"{message} (its file{str(error).removeprefix(str(path))})") from error
+    if not torch.equal(loaded(image), model(image)):
+        raise IasvitError(message)
 
 
 def load(path: str | os.PathLike[str]) -> nn.Module:
@@ -134,12 +141,24 @@ def load(path: str | os.PathLike[str]) -> nn.Module:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {})["iasvit"])
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if not isinstance(header, dict) or "format" not in header:
+            raise KeyError("format")
     except FileNotFoundError as error:
         raise IasvitError(f"{path} does not exist; give a file that iasvit.save wrote") from error
-    except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise IasvitError(f"{path} is no quantized model; give a file that iasvit.save wrote") from error
     if header["format"] != FORMAT:
         raise IasvitError(f"{path} has format {header['format']}, but this version of iasvit reads format {FORMAT}")
+    try:
+        return _rebuild(header, state, path)
+    except IasvitError:
+        raise
+    except Exception as error:  # whatever a header or tensors that were changed lead to
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise IasvitError(f"{path} is damaged ({reason}); give a file that iasvit.save wrote") from error
+
+
+def _rebuild(header: dict[str, Any], state: dict[str, Tensor], path: Path) -> nn.Module:
     spec = QuantSpec.parse(header["spec"])
     configs = header["quantizers"]
     classes = _quantizer_classes(header["method"])
