@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, is_dataclass
 from typing import Any
 
+import torch
 from timm.data import resolve_data_config
 from torch import nn
 
@@ -52,12 +53,16 @@ def quantize(
     if hasattr(model, "quantization"):
         raise IasvitError("the model given is quantized already; give the full-precision one")
     description = describe(model)
-    training = model.training
+    dtypes = {parameter.dtype for parameter in model.parameters()} - {torch.float32}
+    if dtypes:
+        raise IasvitError(f"the model given has {dtypes.pop()} parameters; give it in float32, as model.float() is")
+    training = {module: module.training for module in model.modules()}
     model.eval()
     try:
         quantized = method.quantize(model, calibration, spec, progress or Progress())
     finally:
-        model.train(training)
+        for module, mode in training.items():
+            module.training = mode
     quantized.eval()
     known = asdict(method) if is_dataclass(method) else {}
     data = {key: value for key, value in resolve_data_config(model=model).items() if value is not None}

@@ -127,11 +127,13 @@ class ActivationStore:
 def calibration_store(
     calibration: Calibration, device: torch.device, memory_budget: int | None = None
 ) -> ActivationStore:
-    """The calibration images, N×3×H×W or batches of them, as a store on the model's device.
+    """The calibration images, N×3×H×W or batches of them, as a store of float32 on the model's device.
 
     Raises:
         IasvitError: there is no image, a batch is no 4-dimensional float tensor, or it holds NaN or Inf.
     """
+    if not isinstance(calibration, Iterable):
+        raise IasvitError(f"calibration is a {type(calibration).__name__}; give images as a tensor or batches of them")
     batches: Iterable[Tensor] = calibration.split(64) if isinstance(calibration, Tensor) else calibration
     store = ActivationStore(memory_budget)
     for batch in batches:
@@ -139,7 +141,7 @@ def calibration_store(
             raise IasvitError("calibration is not made of float tensors N×3×H×W; give images as the model takes them")
         if not torch.isfinite(batch).all():
             raise IasvitError("calibration images hold NaN or Inf; give normalised, finite images")
-        store.append(batch.to(device))
+        store.append(batch.to(device, torch.float32))
     if not len(store):
         raise IasvitError("calibration holds no image; give at least one")
     return store
