@@ -84,9 +84,16 @@ def get_method(name: str, **options: Any) -> Method:
     """
     base, switches = split_variant(name)
     known = method_options(base)
-    for option in (*options, *switches):
+    for option in options:
         if option not in known:
             raise IasvitError(f"method {base!r} has no option {option!r}; it knows {', '.join(known)}")
+    ingredients = [field.name for field in dataclasses.fields(load_method_class(base)) if field.default is True]
+    for ingredient in switches:
+        if ingredient not in ingredients:
+            can = ", ".join(ingredients) or "none"
+            raise IasvitError(f"method {base!r} has no ingredient {ingredient!r} to leave out; it has {can}")
+        if ingredient in options:
+            raise IasvitError(f"option {ingredient!r} and method {name!r} name the same ingredient; give one of them")
     method = load_method_class(base)(**options, **switches)
     method.variant = name
     return method
