@@ -45,7 +45,7 @@ class ActivationStore:
         return len(self._where)
 
     def append(self, batch: Tensor) -> None:
-        """Add the activations (B, ...) of B images."""
+        """Add the activations (B, ...) of B images; OSError where they have to be spilled and the disk is full."""
         batch = batch.detach()
         self.device = batch.device
         size = batch.numel() * batch.element_size()
@@ -60,6 +60,9 @@ class ActivationStore:
         if self._spill is None:
             self._spill = tempfile.TemporaryDirectory(prefix="iasvit-", dir=self.folder)
         file = Path(self._spill.name) / f"{len(self._batches)}.bin"
+        if hasattr(os, "posix_fallocate"):  # a disk too full is an OSError here; in the map it would end the process
+            with open(file, "wb") as handle:
+                os.posix_fallocate(handle.fileno(), 0, batch.numel() * batch.element_size())
         mapped = torch.from_file(str(file), shared=True, size=batch.numel(), dtype=batch.dtype).view(batch.shape)
         return mapped.copy_(batch)
 
