@@ -1,0 +1,38 @@
+"""Settings of all tests, and the small models that tests of the core share."""
+
+from __future__ import annotations
+
+import pytest
+import tiny_models
+import torch
+from hypothesis import settings
+from torch import Tensor, nn
+
+torch.set_num_threads(1)  # sums in one order: what is compared bit for bit must not depend on the machine's cores
+settings.register_profile("iasvit", deadline=None, max_examples=50, derandomize=True)
+settings.register_profile("deep", deadline=None, max_examples=3000)  # pytest --hypothesis-profile=deep
+settings.load_profile("iasvit")
+
+
+@pytest.fixture
+def vit() -> nn.Module:
+    """A ViT of 2 blocks on 32-pixel images."""
+    return tiny_models.vit()
+
+
+@pytest.fixture
+def swin() -> nn.Module:
+    """A Swin of 2 stages with a plain and a shifted block each."""
+    return tiny_models.swin()
+
+
+@pytest.fixture(params=sorted(tiny_models.MODELS))
+def model(request: pytest.FixtureRequest) -> nn.Module:
+    """Each of the tiny models: ViT, distilled DeiT, Swin."""
+    return tiny_models.MODELS[request.param]()
+
+
+@pytest.fixture
+def images() -> Tensor:
+    """12 images, 12×3×32×32: not a multiple of the batch sizes used."""
+    return tiny_models.images()
