@@ -88,8 +88,9 @@ class SwinAdapter:
         eps, stages = arguments.pop("eps"), arguments.pop("stages")
         for name in ("img_size", "depths", "num_heads", "head_dim", "mlp_ratio"):
             arguments[name] = tuple(arguments[name])
-        model = SwinTransformer(**arguments, weight_init="skip")
-        for stage, sizes in zip(model.layers, stages, strict=True):  # windows may differ from what the arguments give
+        window_size = tuple(stages[0]["window_size"])
+        model = SwinTransformer(**arguments, window_size=window_size, weight_init="skip")
+        for stage, sizes in zip(model.layers, stages, strict=True):  # windows may differ from stage to stage
             stage.set_input_size(tuple(sizes["feat_size"]), tuple(sizes["window_size"]), sizes["always_partition"])
         set_eps(model, eps)
         return model
