@@ -48,7 +48,7 @@ def test_a_spec_written_and_read_is_the_same(w_bits: int, a_bits: int, overrides
     ],
 )
 def test_what_is_no_spec_is_named(text: str, named: str) -> None:
-    with pytest.raises(IasvitError, match="bits|override") as error:
+    with pytest.raises(IasvitError, match=r"bits|override") as error:
         QuantSpec.parse(text)
     assert named in str(error.value)
 

@@ -1,4 +1,4 @@
-"""What holds for every quantizer, whatever its values: range, monotonicity, decode(encode(x)) == forward(x), gradient."""
+"""What holds for every quantizer and all values: range, monotonicity, decode(encode(x)) == forward(x), gradient."""
 
 from __future__ import annotations
 

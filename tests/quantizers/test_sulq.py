@@ -87,7 +87,7 @@ def test_every_value_is_a_bit_shift_less_eta(n_bits: int) -> None:
     quantizer = SULQuantizer(n_bits)
     quantizer.calibrate((6 * torch.randn(64, 64, generator=torch.Generator().manual_seed(0))).softmax(dim=-1))
     codes = torch.arange(2**n_bits, dtype=torch.uint8)
-    exponents = torch.log2((quantizer.decode(codes).double() + quantizer.shift.double()))
+    exponents = torch.log2(quantizer.decode(codes).double() + quantizer.shift.double())
     assert (exponents - exponents.round()).abs().max() < 1e-3  # x̂ + η is rounded to float32 in between
 
 
