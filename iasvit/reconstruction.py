@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from iasvit.calibration import ActivationStore, calibration_store
+from iasvit.errors import IasvitError
 from iasvit.methods import Calibration
 from iasvit.models import Segment, segments
 from iasvit.progress import Progress
+from iasvit.quantizers import Quantizer
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,9 @@ def stream(
         batch_size: images a forward pass.
         steps: what `fit` moves the bar by in all, for the time left.
         memory_budget: bytes for each store of activations.
+
+    Raises:
+        IasvitError: NaN or Inf between two segments (the message names the first), or a journal of another model.
     """
     device = next(model.parameters()).device
     inputs_fp = inputs_q = calibration_store(calibration, device, memory_budget)
@@ -71,10 +76,11 @@ def stream(
     restored = progress.restore()
     if restored is not None:
         done, state = restored
-        quantized.load_state_dict(state)
+        _load(state, quantized, progress)
     with progress.phase("reconstruction", steps) as bar:
         if restored is not None and steps:
-            bar.update(steps * sum(bool(q.modules) for _, q in chain[: done + 1]) // len(chain))
+            fits = [bool(segment.modules) for _, segment in chain]
+            bar.update(steps * sum(fits[: done + 1]) // sum(fits))
         for index, (full, segment) in enumerate(chain):
             targets = inputs_fp.map(full.run, batch_size, f"{full.name} (full precision)")
             if index > done and segment.modules:
@@ -83,6 +89,18 @@ def stream(
             if index + 1 < len(chain):
                 inputs_q = inputs_q.map(segment.run, batch_size, segment.name)
             inputs_fp = targets
+
+
+def _load(state: dict[str, Tensor], quantized: nn.Module, progress: Progress) -> None:
+    """Take over a journal's state; another model's or other bits' is refused."""
+    before = {name: m.n_bits for name, m in quantized.named_modules() if isinstance(m, Quantizer)}
+    try:
+        quantized.load_state_dict(state)
+        fits = all(quantized.get_submodule(name).n_bits == n_bits for name, n_bits in before.items())
+    except (RuntimeError, KeyError):
+        fits = False
+    if not fits:
+        raise IasvitError(f"the journal in {progress.journal} is of another model or other bits; give another folder")
 
 
 def squared_error(output: Tensor, target: Tensor) -> Tensor:
