@@ -59,7 +59,8 @@ def quantize(
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        quantized = method.quantize(model, calibration, spec, progress or Progress())
+        with torch.inference_mode(False), torch.enable_grad():  # the caller's mode may be no_grad; methods learn
+            quantized = method.quantize(model, calibration, spec, progress or Progress())
     finally:
         for module, mode in training.items():
             module.training = mode
