@@ -128,9 +128,11 @@ class ActivationStore:
 
 
 def calibration_store(
-    calibration: Calibration, device: torch.device, memory_budget: int | None = None
+    calibration: Calibration, device: torch.device, memory_budget: int | None = None, limit: int | None = None
 ) -> ActivationStore:
     """The calibration images, N×3×H×W or batches of them, as a store of float32 on the model's device.
+
+    Of more than `limit` images, where it is given, the first are taken.
 
     Raises:
         IasvitError: there is no image, a batch is no 4-dimensional float tensor, or it holds NaN or Inf.
@@ -144,10 +146,22 @@ def calibration_store(
             raise IasvitError("calibration is not made of float tensors N×3×H×W; give images as the model takes them")
         if not torch.isfinite(batch).all():
             raise IasvitError("calibration images hold NaN or Inf; give normalised, finite images")
-        store.append(batch.to(device, torch.float32))
+        store.append(batch[: None if limit is None else limit - len(store)].to(device, torch.float32))
+        if limit is not None and len(store) >= limit:
+            break
     if not len(store):
         raise IasvitError("calibration holds no image; give at least one")
     return store
+
+
+def first_images(calibration: Calibration, count: int, device: torch.device) -> Tensor:
+    """The first `count` calibration images, or all where there are fewer, in one batch on the device.
+
+    Raises:
+        IasvitError: as `calibration_store`; or the images differ in size.
+    """
+    store = calibration_store(calibration, device, limit=count)
+    return store.gather(range(len(store)))
 
 
 @contextmanager
@@ -201,3 +215,38 @@ def calibrate_inputs(quantizers: Sequence[tuple[str, Quantizer]], run: Callable[
         except IasvitError as error:
             raise IasvitError(f"layer {name!r}: {error}") from error
         quantizer.enabled = True
+
+
+@torch.no_grad()
+def calibrate_in_sequence(quantizers: Sequence[tuple[str, Quantizer]], run: Callable[[], object]) -> None:
+    """Calibrate activation quantizers in the order in which `run()` reaches them, each on what those before it left.
+
+    So every quantizer sees the activations of the quantized model, in one forward pass.
+
+    Args:
+        quantizers: (path in the model, quantizer); enabled afterwards.
+        run: runs one calibration batch through the model.
+
+    Raises:
+        IasvitError: a quantizer saw NaN, Inf or nothing; the message names its layer.
+    """
+    waiting = {id(quantizer): name for name, quantizer in quantizers}
+
+    def calibrate(quantizer: nn.Module, args: tuple[Tensor, ...]) -> None:
+        name = waiting.pop(id(quantizer), None)
+        if name is None:
+            return
+        try:
+            quantizer.calibrate(args[0])
+        except IasvitError as error:
+            raise IasvitError(f"layer {name!r}: {error}") from error
+        quantizer.enabled = True
+
+    hooks = [quantizer.register_forward_pre_hook(calibrate) for _, quantizer in quantizers]
+    try:
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for name in waiting.values():
+        raise IasvitError(f"layer {name!r} was not reached by the calibration images; is it part of the forward?")

@@ -24,12 +24,14 @@ class Site:
             "softmax", "value".
         n_bits: bits that the spec gives it.
         layer: the Linear or Conv2d; None for products.
+        groups: row groups of the weight that are projections of their own: 3 where Q, K and V share one Linear.
     """
 
     name: str
     role: str
     n_bits: int
     layer: nn.Module | None = None
+    groups: int = 1
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ class Inserter:
         self.activation = activation
         self.names: list[str] = []
 
-    def layer(self, root: nn.Module, name: str, role: str | None) -> None:
+    def layer(self, root: nn.Module, name: str, role: str | None, groups: int = 1) -> None:
         """Replace the Linear or Conv2d at path `name` by its quantized form; role None leaves its input alone."""
         parent_name, _, attribute = name.rpartition(".")
         parent = root.get_submodule(parent_name)
@@ -98,7 +100,7 @@ class Inserter:
                 f"module {name!r} is a {type(module).__name__}; a plain Linear or Conv2d can be quantized"
             )
         w_bits, a_bits = self.spec.for_layer(name)
-        weight_quantizer = self.weight(Site(name, "weight", w_bits, module))
+        weight_quantizer = self.weight(Site(name, "weight", w_bits, module, groups))
         input_quantizer = None if role is None else self.activation(Site(name, role, a_bits, module))
         setattr(parent, attribute, kinds[type(module)].from_float(module, weight_quantizer, input_quantizer))
         self.names.append(name)

@@ -119,7 +119,7 @@ def insert_block(
     block.attn = explicit_attention(
         block.attn, f"{prefix}.attn", QuantMatMul(*product_qk), QuantMatMul(*product_av), absent
     )
-    inserter.layer(model, f"{prefix}.attn.qkv", "norm")
+    inserter.layer(model, f"{prefix}.attn.qkv", "norm", groups=3)
     if getattr(block.attn, "gate", None) is not None:
         inserter.layer(model, f"{prefix}.attn.gate", "norm")
     inserter.layer(model, f"{prefix}.attn.proj", "input")

@@ -4,6 +4,8 @@ from iasvit.quantizers.base import Quantizer
 from iasvit.quantizers.log2 import Log2Quantizer
 from iasvit.quantizers.search import ACTIVATION_PERCENTILES, WEIGHT_PERCENTILES
 from iasvit.quantizers.sulq import SULQuantizer
+from iasvit.quantizers.symmetric import SymmetricQuantizer
+from iasvit.quantizers.twin import TwinGELUQuantizer, TwinSoftmaxQuantizer
 from iasvit.quantizers.uniform import UniformQuantizer
 
 __all__ = [
@@ -12,5 +14,8 @@ __all__ = [
     "Log2Quantizer",
     "Quantizer",
     "SULQuantizer",
+    "SymmetricQuantizer",
+    "TwinGELUQuantizer",
+    "TwinSoftmaxQuantizer",
     "UniformQuantizer",
 ]
