@@ -29,7 +29,7 @@ from iasvit.quantizers.twin import TwinQuantizer
 ScaleQuantizer = SymmetricQuantizer | TwinQuantizer  # they have candidate_scales, quantize_with and set_scales
 
 # Bytes that one evaluation touches: on a CPU it should stay in the cache, an accelerator wants to be filled.
-CPU_BUDGET, ACCELERATOR_BUDGET = 2**21, 2**30
+CPU_BUDGET, ACCELERATOR_BUDGET = 2**22, 2**30
 PIECES = 16  # at least, of a layer's rows: candidates are dropped between one piece and the next
 
 
@@ -77,7 +77,7 @@ def hessian_guided(outputs: Tensor, operands: Operands, groups: int) -> Tensor:
     errors = outputs.sub_(operands.target).square_()
     if groups == 1:
         return (errors.flatten(1) @ operands.fisher.flatten())[:, None]
-    return torch.einsum("crn,rn->cn", errors, operands.fisher).unflatten(1, (groups, -1)).sum(dim=2)
+    return errors.mul_(operands.fisher).sum(dim=1).unflatten(1, (groups, -1)).sum(dim=2)
 
 
 def cosine_distance(outputs: Tensor, operands: Operands, groups: int) -> Tensor:

@@ -1,0 +1,77 @@
+"""RepQ-ViT: log-sqrt2 after softmax, and per-channel quantizers after LayerNorm that become per tensor afterwards."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from iasvit.calibration import calibrate_in_sequence, calibration_store
+from iasvit.errors import IasvitError
+from iasvit.methods import Calibration
+from iasvit.models import Site, find_pairs, insert_quantizers, quantized_layers
+from iasvit.nn import quantizers_of
+from iasvit.progress import Progress
+from iasvit.quantizers import WEIGHT_PERCENTILES, Log2Quantizer, Quantizer, UniformQuantizer
+from iasvit.reparam import reparameterize
+from iasvit.spec import QuantSpec
+
+
+@dataclass
+class RepQViT:
+    """RepQ-ViT (arXiv:2212.08254). No gradient, no search beyond each quantizer's own range.
+
+    1. Quantize the weights, one scale and zero-point per output channel.
+    2. Calibrate the activation quantizers in the order of the forward, each on quantized activations and weights:
+       post-LayerNorm ones per channel, post-softmax ones log-sqrt2, the others per tensor.
+    3. Reparameterize each LayerNorm→Linear pair to one scale and zero-point per tensor. This changes the Linear's
+       weight, so its quantizer is calibrated again, and what the quantized weight loses is not made up for (I&S-ViT
+       reparameterizes before it quantizes weights).
+
+    Options:
+        seed: every method has one; nothing is drawn here.
+        init_size: calibration images used.
+    """
+
+    seed: int = 0
+    init_size: int = 32
+
+    name: ClassVar[str] = "repq_vit"
+
+    def __post_init__(self) -> None:
+        if self.init_size < 1:
+            raise IasvitError(f"init_size is {self.init_size}, but at least one image is needed")
+
+    @torch.no_grad()
+    def quantize(self, model: nn.Module, calibration: Calibration, spec: QuantSpec, progress: Progress) -> nn.Module:
+        """See `iasvit.methods.Method`."""
+        quantized = insert_quantizers(copy.deepcopy(model), spec, self.weight_quantizer, self.activation_quantizer)
+        quantized.requires_grad_(False)
+        device = next(model.parameters()).device
+        images = calibration_store(calibration, device, limit=self.init_size).gather(range(self.init_size))
+        layers = quantized_layers(quantized)
+        with progress.phase("calibration"):
+            for layer in layers:
+                layer.calibrate_weight()
+            calibrate_in_sequence(list(quantizers_of(quantized, weights=False)), lambda: quantized(images))
+        with progress.phase("reparameterization"):
+            for pair in find_pairs(quantized):
+                reparameterize(pair)
+                for linear in pair.linears:
+                    linear.calibrate_weight()
+        for layer in layers:
+            layer.round_weight()
+        return quantized
+
+    def weight_quantizer(self, site: Site) -> Quantizer:
+        """Uniform, one scale and zero-point per output channel."""
+        return UniformQuantizer(site.n_bits, channel_dim=0, percentiles=WEIGHT_PERCENTILES)
+
+    def activation_quantizer(self, site: Site) -> Quantizer:
+        """Log-sqrt2 after softmax, per channel after LayerNorm (until step 3), per tensor elsewhere."""
+        if site.role == "softmax":
+            return Log2Quantizer(site.n_bits, steps_per_octave=2)
+        return UniformQuantizer(site.n_bits, channel_dim=-1 if site.role == "norm" else None)
