@@ -14,7 +14,7 @@ from iasvit.methods import Calibration
 from iasvit.models import Site, insert_quantizers
 from iasvit.progress import Progress
 from iasvit.quantizers import Quantizer, SymmetricQuantizer
-from iasvit.search import cosine_distance, search_scales
+from iasvit.search import CosineDistance, search_scales
 from iasvit.spec import QuantSpec
 
 
@@ -58,7 +58,7 @@ class BasePTQ:
             calibration,
             factors=torch.linspace(self.low, self.high, self.candidates),
             rounds=self.rounds,
-            metric=cosine_distance,
+            metric=CosineDistance(),
             labels=None,
             init_size=self.init_size,
             progress=progress,

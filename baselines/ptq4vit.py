@@ -14,7 +14,7 @@ from iasvit.methods import Calibration
 from iasvit.models import Site, insert_quantizers
 from iasvit.progress import Progress
 from iasvit.quantizers import Quantizer, SymmetricQuantizer, TwinGELUQuantizer, TwinSoftmaxQuantizer
-from iasvit.search import hessian_guided, search_scales
+from iasvit.search import HessianGuided, search_scales
 from iasvit.spec import QuantSpec
 
 
@@ -61,7 +61,7 @@ class PTQ4ViT:
             calibration,
             factors=torch.linspace(self.low, self.high, self.candidates),
             rounds=self.rounds,
-            metric=hessian_guided,
+            metric=HessianGuided(),
             labels=torch.Generator().manual_seed(self.seed),
             init_size=self.init_size,
             progress=progress,

@@ -12,8 +12,8 @@ from torch import nn
 from iasvit.calibration import calibrate_in_sequence, calibration_store
 from iasvit.errors import IasvitError
 from iasvit.methods import Calibration
-from iasvit.models import Site, find_pairs, insert_quantizers, quantized_layers
-from iasvit.nn import quantizers_of
+from iasvit.models import Site, find_pairs, insert_quantizers
+from iasvit.nn import quant_layers, quantizers_of
 from iasvit.progress import Progress
 from iasvit.quantizers import WEIGHT_PERCENTILES, Log2Quantizer, Quantizer, UniformQuantizer
 from iasvit.reparam import reparameterize
@@ -51,12 +51,13 @@ class RepQViT:
         quantized = insert_quantizers(copy.deepcopy(model), spec, self.weight_quantizer, self.activation_quantizer)
         quantized.requires_grad_(False)
         device = next(model.parameters()).device
-        images = calibration_store(calibration, device, limit=self.init_size).gather(range(self.init_size))
-        layers = quantized_layers(quantized)
+        images = calibration_store(calibration, device, limit=self.init_size)
+        batch = images.gather(range(len(images)))
+        layers = [layer for _, layer in quant_layers(quantized)]
         with progress.phase("calibration"):
             for layer in layers:
                 layer.calibrate_weight()
-            calibrate_in_sequence(list(quantizers_of(quantized, weights=False)), lambda: quantized(images))
+            calibrate_in_sequence(list(quantizers_of(quantized, weights=False)), lambda: quantized(batch))
         with progress.phase("reparameterization"):
             for pair in find_pairs(quantized):
                 reparameterize(pair)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from iasvit.errors import IasvitError
 from iasvit.methods import list_methods, load_method_class, split_variant
 from iasvit.models import build, insert_quantizers
-from iasvit.nn import QuantConv2d, QuantLayer, QuantLinear
+from iasvit.nn import quant_layers
 from iasvit.quantizers import Quantizer
 from iasvit.spec import QuantSpec
 
@@ -64,14 +64,10 @@ def unpack(packed: Tensor, n_bits: int, shape: torch.Size) -> Tensor:
     return (bits * weights).sum(dim=1, dtype=torch.uint8).view(shape)
 
 
-def _quant_layers(model: nn.Module) -> list[tuple[str, QuantLayer]]:
-    return [(name, m) for name, m in model.named_modules() if isinstance(m, (QuantLinear, QuantConv2d))]
-
-
 def packed_state(model: nn.Module) -> dict[str, Tensor]:
     """The state dict of a quantized model with packed codes in place of the weights that have a quantizer."""
     state = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith("._extra_state")}
-    for name, layer in _quant_layers(model):
+    for name, layer in quant_layers(model):
         codes = layer.weight_quantizer.encode(layer.weight.detach())
         del state[f"{name}.weight"]
         state[f"{name}.{CODES}"] = pack(codes, layer.weight_quantizer.n_bits)
@@ -100,7 +96,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     if not isinstance(quantization, Quantization):
         raise IasvitError(f"the {type(model).__name__} given to save is not quantized; save what quantize returned")
     configs = {name: module.config() for name, module in model.named_modules() if isinstance(module, Quantizer)}
-    shapes = {name: list(layer.weight.shape) for name, layer in _quant_layers(model)}
+    shapes = {name: list(layer.weight.shape) for name, layer in quant_layers(model)}
     header = {"format": FORMAT, **asdict(quantization), "quantizers": configs, "shapes": shapes}
     path = Path(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -167,7 +163,7 @@ def _rebuild(header: dict[str, Any], state: dict[str, Tensor], path: Path) -> nn
         if isinstance(module, _Placeholder):
             parent, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(parent), attribute, _quantizer(classes, configs, name, path))
-    for name, layer in _quant_layers(model):
+    for name, layer in quant_layers(model):
         shape = torch.Size(header["shapes"][name])
         codes = unpack(state.pop(f"{name}.{CODES}"), layer.weight_quantizer.n_bits, shape)
         state[f"{name}.weight"] = torch.zeros(shape)
@@ -178,7 +174,7 @@ def _rebuild(header: dict[str, Any], state: dict[str, Tensor], path: Path) -> nn
     missing, unexpected = model.load_state_dict({**state, **extra}, strict=False)
     if missing or unexpected:
         raise IasvitError(f"{path} does not fit its architecture: {', '.join((missing + unexpected)[:4])}")
-    for _, layer in _quant_layers(model):
+    for _, layer in quant_layers(model):
         layer.weight.data.copy_(layer.weight_quantizer.decode(layer.codes))
         del layer.codes
     names = ("method", "spec", "options", "architecture", "data")
@@ -206,7 +202,7 @@ def _quantizer_classes(method: str) -> dict[str, type[Quantizer]]:
     while stack:
         for cls in stack.pop().__subclasses__():
             stack.append(cls)
-            if cls is not _Placeholder:
+            if cls is not _Placeholder and "kind" in vars(cls):  # a class without one is abstract
                 classes[cls.kind] = cls
     return classes
 

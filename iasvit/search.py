@@ -21,7 +21,7 @@ from iasvit.calibration import calibration_store
 from iasvit.errors import IasvitError
 from iasvit.fisher import Capture, Product, captures
 from iasvit.methods import Calibration
-from iasvit.nn import QuantConv2d, QuantMatMul, quantizers_of
+from iasvit.nn import QuantConv2d, QuantMatMul, quant_layers, quantizers_of
 from iasvit.progress import Progress
 from iasvit.quantizers import SymmetricQuantizer
 from iasvit.quantizers.twin import TwinQuantizer
@@ -33,59 +33,51 @@ CPU_BUDGET, ACCELERATOR_BUDGET = 2**22, 2**30
 PIECES = 16  # at least, of a layer's rows: candidates are dropped between one piece and the next
 
 
-@dataclass(frozen=True)
-class Operands:
-    """A layer as the product left · rightᵀ, or some of its rows.
+class HessianGuided:
+    """Σ (ΔO)² ⊙ (∂L/∂O)² (PTQ4ViT, eq. 10)."""
 
-    Attributes:
-        left: rows × K of a Linear or Conv2d (its patches), or batch × M × K of a product of activations.
-        right: the weight, N × K, or batch × N × K.
-        target: the full-precision product, without the bias: left's shape with N in place of K.
-        fisher: of target's shape, or None.
-        bias: N entries, or None.
-    """
+    def target(self, output: Tensor, bias: Tensor | None, groups: int) -> Tensor:
+        """What `errors` compares with, made once: the output without the bias, of output's shape (..., N)."""
+        return output if bias is None else output - bias
 
-    left: Tensor
-    right: Tensor
-    target: Tensor
-    fisher: Tensor | None
-    bias: Tensor | None
+    def errors(self, outputs: Tensor, target: Tensor, fisher: Tensor, bias: Tensor | None, groups: int) -> Tensor:
+        """The error of each candidate: candidates × groups, the N outputs being cut into groups of equal size.
 
-    @property
-    def has_weight(self) -> bool:
-        """Whether right is a weight, the same for all rows."""
-        return self.left.ndim == 2
-
-    def rows(self, index: Tensor | slice) -> Operands:
-        """These rows, or these entries of the batch."""
-        right = self.right if self.has_weight else self.right[index]
-        fisher = None if self.fisher is None else self.fisher[index]
-        return Operands(self.left[index], right, self.target[index], fisher, self.bias)
+        Args:
+            outputs: candidates × fisher's shape, without the bias; overwritten.
+            target: what `target` returned, of the same rows.
+            fisher: (∂L/∂O)², (..., N).
+            bias: N entries, or None.
+            groups: how many.
+        """
+        errors = outputs.sub_(target).square_()
+        if groups == 1:
+            return (errors.flatten(1) @ fisher.flatten())[:, None]
+        return errors.mul_(fisher).sum(dim=1).unflatten(1, (groups, -1)).sum(dim=2)
 
 
-Metric = Callable[[Tensor, Operands, int], Tensor]
+class CosineDistance:
+    """Σ 1 - cos(Ô, O) over rows, cos taken over the N outputs, or over those of each group; the cosine with 0 is 0."""
+
+    def target(self, output: Tensor, bias: Tensor | None, groups: int) -> Tensor:
+        """Unit vectors of the output, (..., groups, N / groups)."""
+        return F.normalize(output.unflatten(-1, (groups, -1)), dim=-1)
+
+    def errors(
+        self, outputs: Tensor, target: Tensor, fisher: Tensor | None, bias: Tensor | None, groups: int
+    ) -> Tensor:
+        """See `HessianGuided.errors`; there is no Fisher."""
+        if bias is not None:
+            outputs.add_(bias)
+        outputs = outputs.unflatten(-1, (groups, -1))
+        norms = torch.linalg.vector_norm(outputs, dim=-1, keepdim=True)
+        # Half the squared distance of unit vectors is 1 - cos, and keeps its digits where cos is nearly 1.
+        outputs.div_(norms.clamp_min(1e-12)).sub_(target)
+        distances = torch.linalg.vector_norm(outputs, dim=-1).square_().div_(2).masked_fill_(norms[..., 0] == 0, 1.0)
+        return distances.reshape(len(outputs), -1, groups).sum(dim=1)
 
 
-def hessian_guided(outputs: Tensor, operands: Operands, groups: int) -> Tensor:
-    """Σ (ΔO)² ⊙ (∂L/∂O)² (PTQ4ViT, eq. 10), for each candidate and each group of outputs.
-
-    Args:
-        outputs: candidates × target's shape, without the bias; overwritten.
-        operands: with a Fisher.
-        groups: groups of equal size into which the N outputs are cut.
-    """
-    errors = outputs.sub_(operands.target).square_()
-    if groups == 1:
-        return (errors.flatten(1) @ operands.fisher.flatten())[:, None]
-    return errors.mul_(operands.fisher).sum(dim=1).unflatten(1, (groups, -1)).sum(dim=2)
-
-
-def cosine_distance(outputs: Tensor, operands: Operands, groups: int) -> Tensor:
-    """Σ 1 - cos(Ô, O) over rows, cos taken over the N outputs, or over those of each group; see `hessian_guided`."""
-    bias = 0 if operands.bias is None else operands.bias
-    outputs, target = (x.add(bias).unflatten(-1, (groups, -1)) for x in (outputs, operands.target))
-    distances = (1 - F.cosine_similarity(outputs, target[None], dim=-1)).clamp_min_(0)
-    return distances.reshape(len(outputs), -1, groups).sum(dim=1)
+Metric = HessianGuided | CosineDistance
 
 
 def search_scales(
@@ -106,7 +98,7 @@ def search_scales(
         calibration: images N×3×H×W or batches of them; the first `init_size` are used.
         factors: candidates as multiples of the max-abs scale, ascending.
         rounds: how often the two operands are searched in turn.
-        metric: `hessian_guided` or `cosine_distance`.
+        metric: HessianGuided, which needs labels, or CosineDistance.
         labels: draws the labels of the Fisher; None where the metric needs none.
         init_size: images.
         progress: of the phases "capture" and "search". A run with the same journal goes on after the last segment done.
@@ -121,9 +113,9 @@ def search_scales(
     if restored is not None:
         done, state = restored
         model.load_state_dict(state)
-    layers = [module for module in model.modules() if isinstance(module, Product)]
+    total = sum(isinstance(module, Product) for module in model.modules())
     chain = enumerate(captures(model, images, labels))
-    with progress.phase("search", len(layers)) as bar:
+    with progress.phase("search", total) as bar:
         while True:
             with progress.phase("capture"):
                 index, segment = next(chain, (0, None))
@@ -137,9 +129,8 @@ def search_scales(
     for weights in (True, False):
         for _, quantizer in quantizers_of(model, weights=weights):
             quantizer.enabled = True
-    for layer in layers:
-        if not isinstance(layer, QuantMatMul):
-            layer.round_weight()
+    for _, layer in quant_layers(model):
+        layer.round_weight()
 
 
 @torch.no_grad()
@@ -161,7 +152,7 @@ def search_layer(
         sides = {"left": layer.left_quantizer, "right": layer.right_quantizer}
     else:
         sides = {"right": layer.weight_quantizer, "left": layer.input_quantizer}
-    search = _LayerSearch(_operands(capture), sides, factors, metric, memory_budget)
+    search = _LayerSearch(_Operands.of(capture), sides, factors, metric, memory_budget)
     for turn in range(rounds):
         for position, side in enumerate(search.candidates):
             changed = search.run(side)
@@ -174,25 +165,53 @@ def search_layer(
         sides[side].set_scales(scales, search.given(side))
 
 
-def _operands(capture: Capture) -> Operands:
-    layer, output, fisher = capture.layer, capture.output, capture.fisher
-    if fisher is not None:
-        # Where no gradient arrives at all, every error counts the same. The unit of the weights plays no part.
-        mean = fisher.mean(dtype=torch.float64)
-        fisher = (fisher / mean).float() if mean > 0 else torch.ones_like(fisher)
-    if isinstance(layer, QuantMatMul):
-        left, right = capture.inputs
-        tensors = (left, right.mT, output, fisher)
-        return Operands(*(None if x is None else x.flatten(0, -3) for x in tensors), None)
-    (left,), weight, bias = capture.inputs, layer.weight.flatten(1), layer.bias
-    if isinstance(layer, QuantConv2d):
-        if layer.groups != 1 or layer.padding_mode != "zeros":
-            raise IasvitError(f"layer {capture.name!r} is a grouped or specially padded convolution, not supported here")
-        left = F.unfold(left, layer.kernel_size, layer.dilation, layer.padding, layer.stride).mT
-        output, fisher = (None if x is None else x.flatten(2).mT for x in (output, fisher))
-    left, output = left.flatten(0, -2), output.flatten(0, -2)
-    fisher = None if fisher is None else fisher.flatten(0, -2)
-    return Operands(left, weight, output if bias is None else output - bias, fisher, bias)
+@dataclass(frozen=True)
+class _Operands:
+    """A layer as the product left · rightᵀ + bias.
+
+    Attributes:
+        left: rows × K of a Linear or Conv2d (its patches), or batch × M × K of a product of activations.
+        right: the weight, N × K, or batch × N × K.
+        output: in full precision: left's shape with N in place of K.
+        fisher: of output's shape, or None.
+        bias: N entries, or None.
+    """
+
+    left: Tensor
+    right: Tensor
+    output: Tensor
+    fisher: Tensor | None
+    bias: Tensor | None
+
+    @classmethod
+    def of(cls, capture: Capture) -> _Operands:
+        """The operands of a layer, rows or batch entries of the largest Fisher first."""
+        layer, output, fisher = capture.layer, capture.output, capture.fisher
+        if fisher is not None:
+            # Where no gradient arrives at all, every error counts the same. The unit of the weights plays no part.
+            mean = fisher.mean(dtype=torch.float64)
+            fisher = (fisher / mean).float() if mean > 0 else torch.ones_like(fisher)
+        if isinstance(layer, QuantMatMul):
+            left, right, bias = capture.inputs[0], capture.inputs[1].mT, None
+            left, right, output, fisher = (None if x is None else x.flatten(0, -3) for x in (left, right, output, fisher))
+        else:
+            (left,), right, bias = capture.inputs, layer.weight.flatten(1), layer.bias
+            if isinstance(layer, QuantConv2d):
+                if layer.groups != 1 or layer.padding_mode != "zeros":
+                    raise IasvitError(f"layer {capture.name!r} is a grouped or specially padded convolution")
+                left = F.unfold(left, layer.kernel_size, layer.dilation, layer.padding, layer.stride).mT
+                output, fisher = (None if x is None else x.flatten(2).mT for x in (output, fisher))
+            left, output, fisher = (None if x is None else x.flatten(0, -2) for x in (left, output, fisher))
+        if fisher is not None:
+            order = fisher.flatten(1).sum(dim=1).argsort(descending=True, stable=True)
+            left, output, fisher = left[order], output[order], fisher[order]
+            right = right[order] if left.ndim == 3 else right
+        return cls(left, right, output, fisher, bias)
+
+    @property
+    def has_weight(self) -> bool:
+        """Whether right is a weight, the same for all rows."""
+        return self.left.ndim == 2
 
 
 class _LayerSearch:
@@ -200,14 +219,12 @@ class _LayerSearch:
 
     def __init__(
         self,
-        operands: Operands,
+        operands: _Operands,
         quantizers: dict[str, ScaleQuantizer | None],
         factors: Tensor,
         metric: Metric,
         memory_budget: int | None,
     ) -> None:
-        if operands.fisher is not None:
-            operands = operands.rows(operands.fisher.flatten(1).sum(dim=1).argsort(descending=True))
         self.operands, self.quantizers, self.metric = operands, quantizers, metric
         budget = memory_budget or (CPU_BUDGET if operands.left.is_cpu else ACCELERATOR_BUDGET)
         entries = max(1, budget // 16)  # an evaluation holds about four tensors of 4-byte entries
@@ -224,6 +241,8 @@ class _LayerSearch:
             if quantizer is not None:
                 self.candidates[side] = quantizer.candidate_scales(self.given(side), factors)
                 self._set(side, quantizer.candidate_scales(self.given(side), torch.ones(1))[0])
+        groups = {candidates.shape[1] for candidates in self.candidates.values()}
+        self.targets = {g: metric.target(operands.output, operands.bias, g) for g in groups}
 
     def given(self, side: str) -> Tensor:
         """The operand in full precision."""
@@ -261,20 +280,24 @@ class _LayerSearch:
         return changed
 
     def _errors(self, side: str, piece: slice, scales: Tensor, weights: Tensor | None = None) -> Tensor:
-        """Errors of the rows of a piece under each of the scales: candidates × groups, float64."""
+        """Errors on a piece's rows under each of the scales of one side: candidates × groups, float64.
+
+        `weights` are the weight quantized with the scales already, where that side is a weight.
+        """
         if weights is None and len(scales) > self.slice_size:
             return torch.cat([self._errors(side, piece, part) for part in scales.split(self.slice_size)])
-        operands, quantizer = self.operands.rows(piece), self.quantizers[side]
-        left = self.quantized["left"][piece]
-        right = self.quantized["right"] if operands.has_weight else self.quantized["right"][piece]
+        operands, quantizer = self.operands, self.quantizers[side]
         if side == "left":
-            left = quantizer.quantize_with(operands.left, scales)
-        elif weights is None:
-            right = quantizer.quantize_with(operands.right, scales)
+            left = quantizer.quantize_with(operands.left[piece], scales)
+            right = self.quantized["right"] if operands.has_weight else self.quantized["right"][piece]
         else:
-            right = weights
-        if side == "right" and operands.has_weight:
-            outputs = torch.bmm(left.expand(len(scales), *left.shape), right.mT)
-        else:
-            outputs = left @ right.mT
-        return self.metric(outputs, operands, scales.shape[1]).double()
+            left = self.quantized["left"][piece]
+            if operands.has_weight:
+                right = quantizer.quantize_with(operands.right, scales) if weights is None else weights
+                left = left.expand(len(scales), *left.shape)
+            else:
+                right = quantizer.quantize_with(operands.right[piece], scales)
+        fisher = None if operands.fisher is None else operands.fisher[piece]
+        groups = scales.shape[1]
+        errors = self.metric.errors(left @ right.mT, self.targets[groups][piece], fisher, operands.bias, groups)
+        return errors.double()

@@ -111,3 +111,8 @@ def quantizers_of(module: nn.Module, *, weights: bool) -> Iterator[tuple[str, Qu
     for name, child in module.named_modules():
         if isinstance(child, Quantizer) and (name.rpartition(".")[2] == "weight_quantizer") == weights:
             yield name, child
+
+
+def quant_layers(module: nn.Module) -> list[tuple[str, QuantLayer]]:
+    """(path, layer) of all quantized Linear and Conv2d layers in a module."""
+    return [(name, layer) for name, layer in module.named_modules() if isinstance(layer, QuantLayer)]

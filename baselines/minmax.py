@@ -1,0 +1,63 @@
+"""Min-max: every range from the least value to the largest. What quantization costs when nothing is done about it."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import nn
+
+from iasvit.calibration import calibrate_inputs, calibration_store
+from iasvit.errors import IasvitError
+from iasvit.methods import Calibration
+from iasvit.models import Site, insert_quantizers
+from iasvit.nn import quant_layers, quantizers_of
+from iasvit.progress import Progress
+from iasvit.quantizers import Quantizer, UniformQuantizer
+from iasvit.spec import QuantSpec
+
+MIN_MAX = (1.0,)  # the percentile pair (1, 0): the largest value and the least
+
+
+@dataclass
+class MinMax:
+    """Uniform quantizers over [min, max]: weights per output channel, activations per tensor on calibration images.
+
+    Options:
+        seed: every method has one; nothing is drawn here.
+        init_size: calibration images used.
+    """
+
+    seed: int = 0
+    init_size: int = 32
+
+    name: ClassVar[str] = "minmax"
+
+    def __post_init__(self) -> None:
+        if self.init_size < 1:
+            raise IasvitError(f"init_size is {self.init_size}, but at least one image is needed")
+
+    def quantize(self, model: nn.Module, calibration: Calibration, spec: QuantSpec, progress: Progress) -> nn.Module:
+        """See `iasvit.methods.Method`."""
+        quantized = insert_quantizers(copy.deepcopy(model), spec, self.weight_quantizer, self.activation_quantizer)
+        quantized.requires_grad_(False)
+        images = calibration_store(calibration, next(model.parameters()).device, limit=self.init_size)
+        batch = images.gather(range(len(images)))
+        with progress.phase("calibration"):
+            for _, layer in quant_layers(quantized):
+                layer.calibrate_weight()
+                layer.weight_quantizer.enabled = False  # activations are those of the full-precision model
+            calibrate_inputs(list(quantizers_of(quantized, weights=False)), lambda: quantized(batch))
+            for _, layer in quant_layers(quantized):
+                layer.weight_quantizer.enabled = True
+                layer.round_weight()
+        return quantized
+
+    def weight_quantizer(self, site: Site) -> Quantizer:
+        """Uniform, one scale and zero-point per output channel."""
+        return UniformQuantizer(site.n_bits, channel_dim=0, percentiles=MIN_MAX)
+
+    def activation_quantizer(self, site: Site) -> Quantizer:
+        """Uniform, per tensor."""
+        return UniformQuantizer(site.n_bits, percentiles=MIN_MAX)

@@ -1,0 +1,52 @@
+"""RTN: weights rounded to the nearest of their 2^b levels, activations in floating point. What weights alone cost."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import nn
+
+from iasvit.methods import Calibration
+from iasvit.models import Site, insert_quantizers
+from iasvit.nn import quant_layers, quantizers_of
+from iasvit.progress import Progress
+from iasvit.quantizers import Quantizer, UniformQuantizer
+from iasvit.spec import QuantSpec
+
+
+@dataclass
+class RTN:
+    """Round to nearest, weights only. At "W3A3" a row of this method has 3-bit weights and float32 activations.
+
+    Weights are uniform over [min, max] of each output channel. The activation quantizers are there, of the spec's bits,
+    but switched off: what the spec says of activations is not done, which no other method here does.
+
+    Options:
+        seed: every method has one; nothing is drawn here.
+    """
+
+    seed: int = 0
+
+    name: ClassVar[str] = "rtn"
+
+    def quantize(self, model: nn.Module, calibration: Calibration, spec: QuantSpec, progress: Progress) -> nn.Module:
+        """See `iasvit.methods.Method`; the calibration images are not used."""
+        quantized = insert_quantizers(copy.deepcopy(model), spec, self.weight_quantizer, self.activation_quantizer)
+        quantized.requires_grad_(False)
+        for _, quantizer in quantizers_of(quantized, weights=False):
+            quantizer.enabled = False
+        with progress.phase("calibration"):
+            for _, layer in quant_layers(quantized):
+                layer.calibrate_weight()
+                layer.round_weight()
+        return quantized
+
+    def weight_quantizer(self, site: Site) -> Quantizer:
+        """Uniform, one scale and zero-point per output channel."""
+        return UniformQuantizer(site.n_bits, channel_dim=0, percentiles=(1.0,))
+
+    def activation_quantizer(self, site: Site) -> Quantizer:
+        """Never enabled."""
+        return UniformQuantizer(site.n_bits)
