@@ -77,6 +77,9 @@ def captures(
         labels: draws the labels of the Fisher, one an image; None for no Fisher. With it, segments come from last to
             first, as gradients do; without it, from first to last.
         batch_size: images a pass.
+
+    Raises:
+        IasvitError: NaN or Inf in activations (the layer or block is named); an output that is no table of logits.
     """
     quantizers = [q for weights in (True, False) for q in quantizers_of(model, weights=weights)]
     chain = segments(model)
@@ -135,5 +138,7 @@ def _capture(
             raise IasvitError(f"layer {name!r} was not reached by the calibration images; is it part of the forward?")
         tensors = [torch.cat(batches) for batches in zip(*parts.pop(module), strict=True)]
         fisher = None if gradients is None else tensors.pop()
+        if not torch.isfinite(tensors[-1]).all():
+            raise IasvitError(f"layer {name!r} puts out NaN or Inf for the calibration images; check the model")
         layers.append(Capture(name, module, tuple(tensors[:-1]), tensors[-1], fisher))
     return layers, result
