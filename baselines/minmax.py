@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import nn
 
-from iasvit.calibration import calibrate_inputs, calibration_store
+from iasvit.calibration import calibrate_inputs, calibrate_weights, calibration_store, enabled
 from iasvit.errors import IasvitError
 from iasvit.methods import Calibration
 from iasvit.models import Site, insert_quantizers
@@ -45,12 +45,10 @@ class MinMax:
         images = calibration_store(calibration, next(model.parameters()).device, limit=self.init_size)
         batch = images.gather(range(len(images)))
         with progress.phase("calibration"):
+            with enabled(list(quantizers_of(quantized, weights=True)), False):  # ranges are the full-precision model's
+                calibrate_inputs(list(quantizers_of(quantized, weights=False)), lambda: quantized(batch))
+            calibrate_weights(quant_layers(quantized))
             for _, layer in quant_layers(quantized):
-                layer.calibrate_weight()
-                layer.weight_quantizer.enabled = False  # activations are those of the full-precision model
-            calibrate_inputs(list(quantizers_of(quantized, weights=False)), lambda: quantized(batch))
-            for _, layer in quant_layers(quantized):
-                layer.weight_quantizer.enabled = True
                 layer.round_weight()
         return quantized
 

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from iasvit.calibration import calibrate_in_sequence, calibration_store
+from iasvit.calibration import calibrate_in_sequence, calibrate_weights, calibration_store
 from iasvit.errors import IasvitError
 from iasvit.methods import Calibration
 from iasvit.models import Site, find_pairs, insert_quantizers
@@ -53,17 +53,15 @@ class RepQViT:
         device = next(model.parameters()).device
         images = calibration_store(calibration, device, limit=self.init_size)
         batch = images.gather(range(len(images)))
-        layers = [layer for _, layer in quant_layers(quantized)]
         with progress.phase("calibration"):
-            for layer in layers:
-                layer.calibrate_weight()
+            calibrate_weights(quant_layers(quantized))
             calibrate_in_sequence(list(quantizers_of(quantized, weights=False)), lambda: quantized(batch))
         with progress.phase("reparameterization"):
             for pair in find_pairs(quantized):
                 reparameterize(pair)
                 for linear in pair.linears:
                     linear.calibrate_weight()
-        for layer in layers:
+        for _, layer in quant_layers(quantized):
             layer.round_weight()
         return quantized
 

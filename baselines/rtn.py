@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from torch import nn
 
+from iasvit.calibration import calibrate_weights
 from iasvit.methods import Calibration
 from iasvit.models import Site, insert_quantizers
 from iasvit.nn import quant_layers, quantizers_of
@@ -38,8 +39,8 @@ class RTN:
         for _, quantizer in quantizers_of(quantized, weights=False):
             quantizer.enabled = False
         with progress.phase("calibration"):
+            calibrate_weights(quant_layers(quantized))
             for _, layer in quant_layers(quantized):
-                layer.calibrate_weight()
                 layer.round_weight()
         return quantized
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from iasvit.errors import IasvitError
 from iasvit.methods import Calibration
+from iasvit.nn import QuantLayer
 from iasvit.quantizers import Quantizer
 
 
@@ -175,6 +176,19 @@ def enabled(quantizers: Iterable[tuple[str, Quantizer]], value: bool) -> Iterato
     finally:
         for quantizer, state in before:
             quantizer.enabled = state
+
+
+def calibrate_weights(layers: Iterable[tuple[str, QuantLayer]]) -> None:
+    """Calibrate and enable the weight quantizers of these (path in the model, layer).
+
+    Raises:
+        IasvitError: a weight holds NaN or Inf; the message names its layer.
+    """
+    for name, layer in layers:
+        try:
+            layer.calibrate_weight()
+        except IasvitError as error:
+            raise IasvitError(f"weight of layer {name!r}: {error}") from error
 
 
 @torch.no_grad()

@@ -101,7 +101,8 @@ def search_scales(
         metric: HessianGuided, which needs labels, or CosineDistance.
         labels: draws the labels of the Fisher; None where the metric needs none.
         init_size: images.
-        progress: of the phases "capture" and "search". A run with the same journal goes on after the last segment done.
+        progress: of the phases "capture" (data through the model) and "calibration" (the search). A run with the same
+            journal goes on after the last segment done.
 
     Raises:
         IasvitError: NaN or Inf in a layer's input; no class logits for a Fisher.
@@ -115,7 +116,7 @@ def search_scales(
         model.load_state_dict(state)
     total = sum(isinstance(module, Product) for module in model.modules())
     chain = enumerate(captures(model, images, labels))
-    with progress.phase("search", total) as bar:
+    with progress.phase("calibration", total) as bar:
         while True:
             with progress.phase("capture"):
                 index, segment = next(chain, (0, None))
