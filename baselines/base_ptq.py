@@ -20,11 +20,12 @@ from iasvit.spec import QuantSpec
 
 @dataclass
 class BasePTQ:
-    """Base PTQ (arXiv:2111.12293, section 4.2): PTQ4ViT without its three ideas. The floor of every table.
+    """Base PTQ (arXiv:2111.12293, section 4.2): PTQ4ViT without its ideas. The floor of every table.
 
-    All quantizers are uniform with symmetric scales, of post-softmax and post-GELU activations too. A layer's two scales
-    are searched once each among `candidates` multiples of the max-abs scale, by the cosine distance of the layer's
-    output to the full-precision one. A weight has one scale, the weight of Q, K and V one for each; an activation has one.
+    All quantizers are uniform with symmetric scales, those of post-softmax and post-GELU activations too. A layer's two
+    scales are searched once each among `candidates` multiples of the max-abs scale, by the cosine distance of the
+    layer's output to the full-precision one. A weight has one scale, the weight of Q, K and V one for each; an
+    activation has one.
 
     Options:
         candidates: scales to try.

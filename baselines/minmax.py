@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import nn
 
-from iasvit.calibration import calibrate_inputs, calibrate_weights, calibration_store, enabled
+from iasvit.calibration import calibrate_inputs, calibrate_weights, enabled, first_images
 from iasvit.errors import IasvitError
 from iasvit.methods import Calibration
 from iasvit.models import Site, insert_quantizers
@@ -42,11 +42,10 @@ class MinMax:
         """See `iasvit.methods.Method`."""
         quantized = insert_quantizers(copy.deepcopy(model), spec, self.weight_quantizer, self.activation_quantizer)
         quantized.requires_grad_(False)
-        images = calibration_store(calibration, next(model.parameters()).device, limit=self.init_size)
-        batch = images.gather(range(len(images)))
+        images = first_images(calibration, self.init_size, next(model.parameters()).device)
         with progress.phase("calibration"):
             with enabled(list(quantizers_of(quantized, weights=True)), False):  # ranges are the full-precision model's
-                calibrate_inputs(list(quantizers_of(quantized, weights=False)), lambda: quantized(batch))
+                calibrate_inputs(list(quantizers_of(quantized, weights=False)), lambda: quantized(images))
             calibrate_weights(quant_layers(quantized))
             for _, layer in quant_layers(quantized):
                 layer.round_weight()

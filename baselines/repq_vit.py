@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from iasvit.calibration import calibrate_in_sequence, calibrate_weights, calibration_store
+from iasvit.calibration import calibrate_in_sequence, calibrate_weights, first_images
 from iasvit.errors import IasvitError
 from iasvit.methods import Calibration
 from iasvit.models import Site, find_pairs, insert_quantizers
@@ -50,12 +50,10 @@ class RepQViT:
         """See `iasvit.methods.Method`."""
         quantized = insert_quantizers(copy.deepcopy(model), spec, self.weight_quantizer, self.activation_quantizer)
         quantized.requires_grad_(False)
-        device = next(model.parameters()).device
-        images = calibration_store(calibration, device, limit=self.init_size)
-        batch = images.gather(range(len(images)))
+        images = first_images(calibration, self.init_size, next(model.parameters()).device)
         with progress.phase("calibration"):
             calibrate_weights(quant_layers(quantized))
-            calibrate_in_sequence(list(quantizers_of(quantized, weights=False)), lambda: quantized(batch))
+            calibrate_in_sequence(list(quantizers_of(quantized, weights=False)), lambda: quantized(images))
         with progress.phase("reparameterization"):
             for pair in find_pairs(quantized):
                 reparameterize(pair)

@@ -2,15 +2,14 @@
 
 The scales of a layer's two operands (weight and input, or the two activations of a product) are chosen in turn, each as
 the candidate under which the layer's output errs least while the other operand keeps its scale (PTQ4ViT,
-arXiv:2111.12293, algorithm 1). The error is a sum over rows of the output of terms that are not negative, so a candidate
-whose error on some rows is already above the least total found cannot win and is dropped: what is chosen is what the
-search over all rows would choose. Rows that weigh most come first, so that most candidates end early.
+arXiv:2111.12293, algorithm 1). The error is a sum over rows of the output of terms that are not negative, so that a
+candidate whose error on some rows is already above the least total found cannot win and is dropped: what is chosen is
+what the search over all rows would choose. Rows that weigh most come first, so that most candidates end early.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -194,7 +193,9 @@ class _Operands:
             fisher = (fisher / mean).float() if mean > 0 else torch.ones_like(fisher)
         if isinstance(layer, QuantMatMul):
             left, right, bias = capture.inputs[0], capture.inputs[1].mT, None
-            left, right, output, fisher = (None if x is None else x.flatten(0, -3) for x in (left, right, output, fisher))
+            left, right, output, fisher = (
+                None if x is None else x.flatten(0, -3) for x in (left, right, output, fisher)
+            )
         else:
             (left,), right, bias = capture.inputs, layer.weight.flatten(1), layer.bias
             if isinstance(layer, QuantConv2d):

@@ -90,7 +90,9 @@ def test_captures_equal_one_backward_through_the_whole_model(family: str) -> Non
         torch.testing.assert_close(layer.output, expected[name].output, atol=1e-4, rtol=1e-4)
         gradients = expected[name].gradient
         assert gradients.abs().max() > 0
-        torch.testing.assert_close(layer.fisher, gradients.square(), rtol=2e-2, atol=float(gradients.abs().max()) ** 2 / 1e4)
+        torch.testing.assert_close(
+            layer.fisher, gradients.square(), rtol=2e-2, atol=float(gradients.abs().max()) ** 2 / 1e4
+        )
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -55,7 +55,9 @@ def test_codes_fit_in_the_bits_of_the_spec(name: str, family: str) -> None:
         codes = quantizer.encode(x)
         assert codes.dtype == torch.uint8
         assert int(codes.max()) < 2**n_bits
-        assert torch.equal(quantizer.decode(codes), quantizer.forward(x))  # the forward is what an integer machine computes
+        assert torch.equal(
+            quantizer.decode(codes), quantizer.forward(x)
+        )  # the forward is what an integer machine computes
         zero_point = getattr(quantizer, "zero_point", 0)
         assert isinstance(zero_point, int) or not zero_point.is_floating_point()
         seen.add(path)
@@ -191,7 +193,9 @@ def test_a_stopped_search_goes_on_after_the_last_segment(
     monkeypatch.setattr(search, "search_layer", lambda c, *args: (searched.append(c.name), original(c, *args)))
     resumed = quantize(model, images, name, progress=Progress(journal=tmp_path))
     assert equal(resumed, expected)
-    assert all(quantizer.enabled for weights in (True, False) for _, quantizer in quantizers_of(resumed, weights=weights))
+    assert all(
+        quantizer.enabled for weights in (True, False) for _, quantizer in quantizers_of(resumed, weights=weights)
+    )
     # Segments with layers: patch embedding, two blocks, head. Two were done, from the end the Fisher comes from.
     assert len(searched) == {"ptq4vit": 6 + 1, "base_ptq": 6 + 1}[name]
     assert ("head" in searched) == (name == "base_ptq")
