@@ -153,14 +153,10 @@ def search_layer(
     else:
         sides = {"right": layer.weight_quantizer, "left": layer.input_quantizer}
     search = _LayerSearch(_Operands.of(capture), sides, factors, metric, memory_budget)
-    for turn in range(rounds):
-        for position, side in enumerate(search.candidates):
-            changed = search.run(side)
-            if not changed and (turn or position):
-                break
-        else:
-            continue
-        break
+    turns = list(search.candidates) * rounds
+    for number, side in enumerate(turns):
+        if not search.run(side) and number > 0:
+            break
     for side, scales in search.scales.items():
         sides[side].set_scales(scales, search.given(side))
 
