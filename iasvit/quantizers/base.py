@@ -99,6 +99,11 @@ class Quantizer(nn.Module):
     def _values(self, codes: Tensor) -> Tensor:
         raise NotImplementedError
 
+    def _fake_quantize(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """_values(_codes(x)) to the bit; a subclass saves passes over the data. Written to out where that is given."""
+        values = self._values(self._codes(x))
+        return values if out is None else out.copy_(values)
+
     def _ste(self, x: Tensor, values: Tensor) -> Tensor:
         """d values / d x with rounding taken as the identity, or a bool mask where that is 0 or 1; x's shape."""
         raise NotImplementedError
@@ -123,7 +128,7 @@ class Quantizer(nn.Module):
 
 # A quantizer is a dozen elementwise passes. On a CPU an attention map does not fit the cache, and each pass over it
 # waits for memory; pieces of this many values stay in the cache from the first pass to the last (4 times as fast).
-_PIECE = 2**16
+_PIECE = 2**17
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -131,14 +136,14 @@ class _FakeQuantize(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, quantizer: Quantizer) -> Tensor:
         needs_grad = ctx.needs_input_grad[0]
         if not (x.is_cpu and quantizer.elementwise and x.numel() > 2 * _PIECE):
-            values = quantizer._values(quantizer._codes(x))
+            values = quantizer._fake_quantize(x)
             if needs_grad:
                 ctx.save_for_backward(quantizer._ste(x, values))
             return values
         x = x.contiguous()
         values, ste = torch.empty_like(x), torch.empty_like(x) if needs_grad else x
         for source, target, gradient in zip(*(t.view(-1).split(_PIECE) for t in (x, values, ste)), strict=True):
-            target.copy_(quantizer._values(quantizer._codes(source)))
+            quantizer._fake_quantize(source, out=target)
             if needs_grad:
                 gradient.copy_(quantizer._ste(source, target))
         if needs_grad:

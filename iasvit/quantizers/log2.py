@@ -22,6 +22,17 @@ def power_of_two(exponent: Tensor) -> Tensor:
     return (exponent.to(torch.int32) + 127).clamp_(0, 254).bitwise_left_shift_(23).view(torch.float32)
 
 
+# Adding it to a float32 of absolute value below 2^22 rounds that to an integer (ties to even, as torch.round), which
+# then stands in the low bits of the sum.
+_ROUNDING = 1.5 * 2.0**23
+
+
+def rounded_power_of_two_(exponent: Tensor) -> Tensor:
+    """2^round(exponent), exactly, exponents being clamped to [-126, 127]; overwrites its float32 argument."""
+    bits = exponent.clamp_(-126, 127).add_(_ROUNDING).view(torch.int32).add_(127).bitwise_left_shift_(23)
+    return bits.view(torch.float32)
+
+
 def require_non_negative(x: Tensor) -> None:
     """Raise IasvitError for a value below 0, which has no logarithm."""
     if x.min() < 0:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from iasvit.quantizers.base import Quantizer
-from iasvit.quantizers.log2 import power_of_two, require_non_negative
+from iasvit.quantizers.log2 import require_non_negative, rounded_power_of_two_
 from iasvit.quantizers.search import best_candidate
 from iasvit.quantizers.uniform import range_to_uniform
 
@@ -52,25 +52,32 @@ class SULQuantizer(Quantizer):
         for shift in self.shifts:
             scale, zero_point = range_to_uniform(-(largest + shift).log2(), -(smallest + shift).log2(), self.n_bits)
             candidates.append((torch.full_like(scale, shift), scale, zero_point))
-        shift, scale, zero_point = best_candidate(
-            rows, candidates, lambda x, *params: self._shifted_values(self._shifted_codes(x, *params), *params)
-        )
+        shift, scale, zero_point = best_candidate(rows, candidates, self._fake_quantize_with)
         self.shift, self.scale = shift.reshape(()), scale.reshape(())
         self.zero_point = zero_point.reshape(()).to(torch.int32)
 
-    def _shifted_codes(self, x: Tensor, shift: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-        y = (x + shift).log2_().neg_()
-        return y.div_(scale).round_().add_(zero_point).clamp_(0, self.n_levels - 1)
+    def _steps(self, x: Tensor, shift: Tensor, scale: Tensor, zero_point: Tensor, out: Tensor | None = None) -> Tensor:
+        """q - z, of step 2."""
+        steps = torch.add(x, shift, out=out).log2_().div_(-scale).round_()
+        return steps.clamp_min_(-zero_point).clamp_max_(self.n_levels - 1 - zero_point)
 
-    def _shifted_values(self, codes: Tensor, shift: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-        y = (codes - zero_point).mul_(scale).round_()
-        return power_of_two(y.neg_()).sub_(shift)
+    def _powers(self, steps: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        """x̂ of q - z, which is overwritten: steps 3 and 4."""
+        return rounded_power_of_two_(steps.mul_(-scale)).sub_(shift)
+
+    def _fake_quantize_with(
+        self, x: Tensor, shift: Tensor, scale: Tensor, zero_point: Tensor, out: Tensor | None = None
+    ) -> Tensor:
+        return self._powers(self._steps(x, shift, scale, zero_point, out), shift, scale)
 
     def _codes(self, x: Tensor) -> Tensor:
-        return self._shifted_codes(x, self.shift, self.scale, self.zero_point)
+        return self._steps(x, self.shift, self.scale, self.zero_point).add_(self.zero_point)
 
     def _values(self, codes: Tensor) -> Tensor:
-        return self._shifted_values(codes, self.shift, self.scale, self.zero_point)
+        return self._powers(codes - self.zero_point, self.shift, self.scale)
+
+    def _fake_quantize(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        return self._fake_quantize_with(x, self.shift, self.scale, self.zero_point, out)
 
     def _ste(self, x: Tensor, values: Tensor) -> Tensor:
         # With both roundings passed through, dx̂/dx = 2^-ŷ / (x + η). A value beyond the range seen in calibration is

@@ -57,11 +57,14 @@ class UniformQuantizer(Quantizer):
         rows = by_channel(x.float(), self.channel_dim)
         lows, highs = percentile_ranges(rows, self.percentiles)
         candidates = [range_to_uniform(low, high, self.n_bits) for low, high in zip(lows, highs, strict=True)]
-        scale, zero_point = best_candidate(rows, candidates, self._fake_quantize_rows)
+        scale, zero_point = best_candidate(rows, candidates, self._fake_quantize_with)
         self.set_parameters(scale, zero_point)
 
-    def _fake_quantize_rows(self, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-        return (x / scale).round_().clamp_(-zero_point, self.n_levels - 1 - zero_point).mul_(scale)
+    def _fake_quantize_with(
+        self, x: Tensor, scale: Tensor, zero_point: Tensor, out: Tensor | None = None
+    ) -> Tensor:
+        codes = torch.div(x, scale, out=out).round_().add_(zero_point).clamp_(0, self.n_levels - 1)
+        return codes.sub_(zero_point).mul_(scale)
 
     def set_parameters(self, scale: Tensor, zero_point: Tensor) -> None:
         """Set scale and (integer-valued) zero-point: one entry a channel, or one entry in all when per tensor."""
@@ -86,6 +89,9 @@ class UniformQuantizer(Quantizer):
     def _values(self, codes: Tensor) -> Tensor:
         scale, zero_point = self._shaped(codes.ndim)
         return (codes - zero_point).mul_(scale)
+
+    def _fake_quantize(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        return self._fake_quantize_with(x, *self._shaped(x.ndim), out=out)
 
     def _ste(self, x: Tensor, values: Tensor) -> Tensor:
         # The gradient is 1 where rounding is all that happened, 0 where x was clamped.
