@@ -29,7 +29,10 @@ _NEUTRAL = ("errors", "methods", "progress")
 
 @cache
 def git_commit() -> str:
-    """The commit of the checkout that this package runs from, "-dirty" added where files differ; or "unknown"."""
+    """The commit of the checkout that this package runs from, "-dirty" added where files differ.
+
+    Where there is no checkout, as in an image built from one, it is IASVIT_COMMIT, or "unknown".
+    """
 
     def git(*args: str) -> str:
         return subprocess.run(
@@ -41,7 +44,7 @@ def git_commit() -> str:
         commit = git("rev-parse", "--short=12", "HEAD").strip()
         return commit + ("-dirty" if git("status", "--porcelain", "--untracked-files=no").strip() else "")
     except (OSError, subprocess.SubprocessError):
-        return "unknown"
+        return os.environ.get("IASVIT_COMMIT", "unknown")
 
 
 def versions() -> dict[str, str]:

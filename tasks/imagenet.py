@@ -77,7 +77,7 @@ class Profile:
 
 
 PAPER = Profile(("deit_s",), calib_size=1024, batch_size=64, iterations=1000, iterations_6_bits=200, lr=4e-5)
-MINI = Profile(("deit_t", "swin_t"), calib_size=256, batch_size=32, iterations=100, iterations_6_bits=100, lr=4e-5)
+MINI = Profile(("deit_t", "swin_t"), calib_size=256, batch_size=16, iterations=200, iterations_6_bits=200, lr=1e-3)
 
 
 class ImageNetTask:

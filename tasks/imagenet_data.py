@@ -23,6 +23,7 @@ DataConfig = dict[str, Any]  # what timm's resolve_data_config says of a model
 Batch = tuple[Tensor, Tensor, Tensor]  # images B×3×H×W normalised, labels int64 B, positions in the split int64 B
 
 EVALUATION_BATCH = 64
+MINI_BATCH = 16  # a mini model's attention maps then stay near the cache
 TRAIN_NAMES = ("train", "training")
 VAL_NAMES = ("val", "valid", "validation")
 # What Pillow raises on a file that is no image, or a damaged one.
@@ -330,7 +331,7 @@ class MiniImages:
     def batches(self, config: DataConfig) -> Iterator[Batch]:
         """See `Images`."""
         images, labels = self._val
-        for at in torch.arange(self._size).split(EVALUATION_BATCH):
+        for at in torch.arange(self._size).split(MINI_BATCH):
             yield normalise(images[at], config), labels[at], at
 
     def check_calibration(self, n: int) -> None:

@@ -60,9 +60,7 @@ class UniformQuantizer(Quantizer):
         scale, zero_point = best_candidate(rows, candidates, self._fake_quantize_with)
         self.set_parameters(scale, zero_point)
 
-    def _fake_quantize_with(
-        self, x: Tensor, scale: Tensor, zero_point: Tensor, out: Tensor | None = None
-    ) -> Tensor:
+    def _fake_quantize_with(self, x: Tensor, scale: Tensor, zero_point: Tensor, out: Tensor | None = None) -> Tensor:
         codes = torch.div(x, scale, out=out).round_().add_(zero_point).clamp_(0, self.n_levels - 1)
         return codes.sub_(zero_point).mul_(scale)
 
