@@ -440,7 +440,7 @@ def test_mini_images_are_the_scenes_normalised_for_the_model() -> None:
     images = MiniImages(limit=70)
     config = MiniModels(pretrained=False).config("deit_t")
     batches = list(images.batches(config))
-    assert [len(batch) for batch, _, _ in batches] == [64, 6]
+    assert [len(batch) for batch, _, _ in batches] == [16, 16, 16, 16, 6]
     raw, labels = scenes.render_images("val", 0, 70)
     assert torch.equal(torch.cat([at for _, at, _ in batches]), torch.from_numpy(labels))
     mean, std = np.array(config["mean"]), np.array(config["std"])
