@@ -20,6 +20,7 @@ from iasvit import provenance
 from iasvit.artifact import packed_bytes
 from iasvit.errors import IasvitError
 from iasvit.methods import Method, get_method, load_method_class, method_options, split_variant
+from iasvit.nn import quantizers_of
 from iasvit.progress import JournalError, Progress, fingerprint
 from iasvit.results import COST, Key, ResultStore, Row, format_options
 from iasvit.spec import QuantSpec
@@ -256,6 +257,9 @@ class _Run:
         with forked, progress.phase("quantization"):
             torch.manual_seed(job.cell.seed)  # for methods that draw from the global generator
             quantized = method.quantize(network, calibration, job.spec, progress).eval()
+        used = [quantizer.enabled for _, quantizer in quantizers_of(quantized, weights=False)]
+        if used and not any(used):
+            row["a_bits"] = 32  # weights only, whatever the spec says of activations
         seconds = progress.seconds
         row["calibration_seconds"] = round(seconds.get("calibration", 0.0), 3)
         row["reconstruction_seconds"] = round(seconds.get("reconstruction", 0.0), 3)

@@ -21,9 +21,10 @@ PUBLISHED_COLUMNS = ("task", "model", "method", "w_bits", "a_bits", "metric", "v
 # The papers' order of columns; other models follow by name.
 _BACKBONES = ("vit_s", "vit_b", "deit_t", "deit_s", "deit_b", "swin_t", "swin_s", "swin_b")
 _MODELS = _BACKBONES + tuple(f"{head}_{b}" for head in ("mask_rcnn", "cascade_mask_rcnn") for b in _BACKBONES)
-_LABELS = ("settings", "line", "column", "stale")  # columns that `_frame` adds to those of the rows
+_LABELS = ("settings", "line", "column", "stale", "weights_only")  # columns that `_frame` adds to those of the rows
 _MISSING = "–"
 _STALE = "†"
+_WEIGHTS_ONLY = ", weights only"  # activations in full precision: shown, but out of the competition
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,8 @@ def _frame(rows: Iterable[Row]) -> pd.DataFrame:
         where = ["task", "dataset", "spec", "split_size"]
         frame["settings"] = [_settings(row) for row in kept]
         frame["line"] = frame.groupby([*where, "method"])["settings"].transform(_distinguish)
-        frame["line"] = frame["method"] + frame["line"]
+        frame["weights_only"] = (frame["method"] != "fp32") & (frame["a_bits"] == 32)
+        frame["line"] = frame["method"] + frame["line"] + frame["weights_only"].map({True: _WEIGHTS_ONLY, False: ""})
         several = frame.groupby([*where, "model"])["weights"].transform("nunique") > 1
         frame["column"] = frame["model"].where(~several, frame["model"] + " [" + frame["weights"] + "]")
         frame["stale"] = [row["method"] != "fp32" and row["code_hash"] != _current_code(row["method"]) for row in kept]
@@ -204,7 +206,7 @@ def _aggregate(rows: pd.DataFrame) -> pd.DataFrame:
     rows = rows.reindex(columns=list(dict.fromkeys([*rows.columns, *primary_metrics(rows.columns), *COST])))
     groups = rows.groupby(["line", "column"], sort=True)
     done = rows[rows["status"] == "ok"].groupby(["line", "column"], sort=True)
-    cells = groups[["method", "model", "weights", "settings"]].first()
+    cells = groups[["method", "model", "weights", "settings", "weights_only"]].first()
     cells["n"] = done.size().reindex(cells.index, fill_value=0)
     cells["failed"] = groups["status"].agg(lambda status: int((status == "failed").sum()))
     cells["stale"] = groups["stale"].any()
@@ -241,7 +243,11 @@ def _grid(cells: pd.DataFrame, metric: str) -> str:
     by_place = {(cell["line"], cell["column"]): cell for cell in cells.to_dict("records")}
     best = {
         column: round(
-            max((c[metric] for (_, at), c in by_place.items() if at == column and c["n"]), default=0.0), digits
+            max(
+                (c[metric] for (_, at), c in by_place.items() if at == column and c["n"] and not c["weights_only"]),
+                default=0.0,
+            ),
+            digits,
         )
         for column in columns
     }
@@ -276,7 +282,7 @@ def _cell(cell: dict, metric: str, digits: int, best: float, same_n: bool) -> st
     text = f"{cell[metric]:.{digits}f}"
     if cell["n"] > 1:
         text += f" ± {cell[f'{metric}_std']:.{digits}f}"
-    if round(cell[metric], digits) == best:
+    if round(cell[metric], digits) == best and not cell["weights_only"]:
         text = f"**{text}**"
     notes = []
     if f"fp_{metric}" in cell and not pd.isna(cell[f"fp_{metric}"]):
@@ -382,7 +388,9 @@ def published_documents(published: pd.DataFrame) -> list[Document]:
         )
         sections = []
         for metric, part in group.groupby("metric", sort=True):
-            cells = part.rename(columns={"value": metric, "fp": f"fp_{metric}"}).assign(n=1, failed=0, stale=False)
+            cells = part.rename(columns={"value": metric, "fp": f"fp_{metric}"}).assign(
+                n=1, failed=0, stale=False, weights_only=False
+            )
             cells = cells.assign(line=cells["method"], column=cells["model"])
             sections += [f"**{title}.** {metric}", _grid(cells, metric)]
         sources = [

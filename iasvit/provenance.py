@@ -31,8 +31,10 @@ _NEUTRAL = ("errors", "methods", "progress")
 def git_commit() -> str:
     """The commit of the checkout that this package runs from, "-dirty" added where files differ.
 
-    Where there is no checkout, as in an image built from one, it is IASVIT_COMMIT, or "unknown".
+    IASVIT_COMMIT says it instead where the code was copied without its history; else it is "unknown" there.
     """
+    if given := os.environ.get("IASVIT_COMMIT"):
+        return given
 
     def git(*args: str) -> str:
         return subprocess.run(
@@ -44,7 +46,7 @@ def git_commit() -> str:
         commit = git("rev-parse", "--short=12", "HEAD").strip()
         return commit + ("-dirty" if git("status", "--porcelain", "--untracked-files=no").strip() else "")
     except (OSError, subprocess.SubprocessError):
-        return os.environ.get("IASVIT_COMMIT", "unknown")
+        return "unknown"
 
 
 def versions() -> dict[str, str]:

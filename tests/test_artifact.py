@@ -1,0 +1,311 @@
+"""Saving and loading quantized models: the same bits come back, in as few bytes as promised, or one clear sentence."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import pickle
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import iasvit
+from iasvit import artifact
+from iasvit.artifact import pack, packed_bytes, unpack
+from iasvit.errors import IasvitError
+from iasvit.nn import quant_layers
+from iasvit.quantizers import Quantizer
+
+SPEC = "W3A4,*.fc1=W2A8,head*=W8A6"
+
+
+def quantize(model: nn.Module, spec: str = SPEC, **options: Any) -> nn.Module:
+    return iasvit.quantize(model, tiny_models.images(), spec, iterations=1, batch_size=5, lr=1e-2, **options)
+
+
+@pytest.fixture
+def quantized() -> nn.Module:
+    """A quantized ViT."""
+    return quantize(tiny_models.vit())
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """Where to save, in a folder with nothing else in it."""
+    (tmp_path / "models").mkdir()
+    return tmp_path / "models" / "model.safetensors"
+
+
+# ---- the same to the bit -------------------------------------------------------------------------------------------
+
+
+def test_what_was_saved_comes_back_to_the_bit(model: nn.Module, path: Path) -> None:
+    quantized = quantize(model)
+    iasvit.save(quantized, path)
+    loaded = iasvit.load(path)
+    x = tiny_models.images(3, seed=7)
+    assert torch.equal(loaded(x), quantized(x))
+    assert tiny_models.same_bits(loaded.state_dict(), quantized.state_dict())
+    assert type(loaded) is type(quantized) is type(model)
+    assert loaded.quantization == quantized.quantization
+    assert not any(module.training for module in loaded.modules())
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    assert os.listdir(path.parent) == [path.name]
+
+
+def test_a_loaded_model_saves_to_the_same_file(quantized: nn.Module, path: Path) -> None:
+    iasvit.save(quantized, path)
+    first = path.read_bytes()
+    iasvit.save(iasvit.load(path), path)
+    assert path.read_bytes() == first
+
+
+def test_bits_of_single_layers_survive(swin: nn.Module, path: Path) -> None:
+    iasvit.save(quantize(swin), path)
+    loaded = iasvit.load(path)
+    bits = {name: module.n_bits for name, module in loaded.named_modules() if isinstance(module, Quantizer)}
+    assert bits["layers.0.blocks.1.mlp.fc1.weight_quantizer"] == 2
+    assert bits["layers.0.blocks.1.mlp.fc1.input_quantizer"] == 8
+    assert bits["layers.0.blocks.1.attn.matmul_av.left_quantizer"] == 4
+    assert (bits["head.fc.weight_quantizer"], bits["head.fc.input_quantizer"]) == (8, 6)
+    assert bits["layers.1.downsample.reduction.weight_quantizer"] == 3
+    assert loaded.quantization.spec == SPEC
+
+
+def test_a_file_outlives_the_method_that_made_it(
+    quantized: nn.Module, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    iasvit.save(quantized, path)
+    monkeypatch.setattr(artifact, "list_methods", lambda: [])
+    assert tiny_models.same_bits(iasvit.load(path).state_dict(), quantized.state_dict())
+
+
+# ---- size ----------------------------------------------------------------------------------------------------------
+
+
+def test_codes_lie_end_to_end_least_significant_bit_first() -> None:
+    codes = torch.tensor([1, 2, 7], dtype=torch.uint8)  # bits 100 010 11|1
+    assert pack(codes, 3).tolist() == [1 + 16 + 64 + 128, 1]
+    assert pack(codes, 8).tolist() == [1, 2, 7]
+
+
+@given(st.integers(2, 8), st.integers(0, 50), st.integers(1, 3), st.integers(0, 2**32))
+def test_packed_codes_unpack(n_bits: int, rows: int, columns: int, seed: int) -> None:
+    codes = torch.randint(2**n_bits, (rows, columns), generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
+    packed = pack(codes, n_bits)
+    assert packed.numel() == -(-rows * columns * n_bits // 8)
+    assert torch.equal(unpack(packed, n_bits, codes.shape), codes)
+
+
+def test_a_file_takes_the_bits_of_its_codes_and_little_else(model: nn.Module, path: Path) -> None:
+    quantized = quantize(model)
+    iasvit.save(quantized, path)
+    expected = 0
+    weights = {f"{name}.weight": layer for name, layer in quant_layers(quantized)}
+    for name, tensor in quantized.state_dict().items():
+        if name in weights:
+            expected += -(-tensor.numel() * weights[name].weight_quantizer.n_bits // 8)
+        elif not name.endswith("_extra_state"):
+            expected += tensor.numel() * tensor.element_size()
+    with open(path, "rb") as file:
+        header = int.from_bytes(file.read(8), "little")
+    assert packed_bytes(quantized) == expected
+    assert path.stat().st_size == 8 + header + expected
+
+
+# ---- files that are no good ----------------------------------------------------------------------------------------
+
+
+class _Malicious:
+    def __reduce__(self) -> tuple[Callable, tuple]:
+        return (Path.touch, (Path("unpickled"),))
+
+
+@pytest.mark.parametrize("write", [torch.save, lambda thing, path: path.write_bytes(pickle.dumps(thing))])
+def test_nothing_is_unpickled(write: Callable, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(path.parent)
+    write({"model": _Malicious()}, path)
+    with pytest.raises(IasvitError, match="no quantized model"):
+        iasvit.load(path)
+    assert os.listdir(path.parent) == [path.name]
+
+
+def complaint(path: Path) -> str:
+    """What load says of a file: one line that names it."""
+    with pytest.raises(IasvitError) as error:
+        iasvit.load(path)
+    text = str(error.value)
+    assert text.startswith(str(path))
+    assert "\n" not in text
+    return text
+
+
+@pytest.mark.parametrize("length", [0, 4, 100, -1])
+def test_a_truncated_file_is_no_quantized_model(quantized: nn.Module, path: Path, length: int) -> None:
+    iasvit.save(quantized, path)
+    path.write_bytes(path.read_bytes()[:length])
+    assert "is no quantized model; give a file that iasvit.save wrote" in complaint(path)
+
+
+def test_other_things_than_files_of_save_are_refused(vit: nn.Module, path: Path) -> None:
+    assert "does not exist" in complaint(path)
+    assert "is no quantized model" in complaint(path.parent)
+    path.write_text("W3A3")
+    assert "is no quantized model" in complaint(path)
+    save_file(vit.state_dict(), path)  # weights alone
+    assert "is no quantized model" in complaint(path)
+    for header in ("{", "[]", "3", "{}"):
+        save_file({}, path, {"iasvit": header})
+        assert "is no quantized model" in complaint(path)
+
+
+FC1 = "blocks.1.mlp.fc1"
+
+
+def _edit(*keys: str, value: Any) -> Callable[[dict, dict], None]:
+    def change(header: dict[str, Any], _: dict[str, Tensor]) -> None:
+        for key in keys[:-1]:
+            header = header[key]
+        header[keys[-1]] = value
+
+    return change
+
+
+def _drop(*keys: str) -> Callable[[dict, dict], None]:
+    def change(header: dict[str, Any], _: dict[str, Tensor]) -> None:
+        for key in keys[:-1]:
+            header = header[key]
+        del header[keys[-1]]
+
+    return change
+
+
+def _put(name: str, tensor: Tensor | None) -> Callable[[dict, dict], None]:
+    def change(_: dict[str, Any], state: dict[str, Tensor]) -> None:
+        if tensor is None:
+            del state[name]
+        else:
+            state[name] = tensor
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (_edit("format", value=2), "has format 2, but this version of iasvit reads format 1"),
+        (_drop("spec"), "spec"),
+        (_edit("spec", value="W9"), "'W9'"),
+        (_drop("method"), "method"),
+        (_drop("quantizers"), "quantizers"),
+        (_drop("quantizers", f"{FC1}.input_quantizer"), f"'{FC1}.input_quantizer' a quantizer of kind none"),
+        (_edit("quantizers", f"{FC1}.input_quantizer", "kind", value="os"), "'os'; known are"),
+        (_edit("quantizers", f"{FC1}.weight_quantizer", "n_bits", value=7), "damaged"),
+        (_edit("quantizers", f"{FC1}.weight_quantizer", "n_bits", value=70), "damaged"),
+        (_drop("architecture"), "architecture"),
+        (_edit("architecture", "adapter", value="os"), "'os'"),
+        (_edit("architecture", "embed_dim", value=16), "damaged"),
+        (_edit("architecture", "depth", value=1), "blocks.1"),
+        (_edit("architecture", "depth", value=3), "blocks.2"),
+        (_edit("shapes", FC1, value=[64, 64]), "damaged"),
+        (_put(f"{FC1}.weight_codes", None), f"{FC1}.weight_codes"),
+        (_put(f"{FC1}.weight_codes", torch.zeros(100, dtype=torch.uint8)), "damaged"),
+        (_put(f"{FC1}.weight_quantizer.scale", torch.ones(3)), "damaged"),
+        (_put(f"{FC1}.bias", None), f"{FC1}.bias"),
+        (_put("norm.weight", torch.ones(5)), "damaged"),
+        (_put("something.else", torch.ones(5)), "something.else"),
+    ],
+    ids=str,
+)
+def test_a_damaged_file_is_one_sentence(
+    quantized: nn.Module, path: Path, change: Callable[[dict, dict], None], named: str
+) -> None:
+    iasvit.save(quantized, path)
+    with safe_open(path, framework="pt") as file:
+        header = json.loads(file.metadata()["iasvit"])
+        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    change(header, state)
+    save_file(state, path, {"iasvit": json.dumps(header)})
+    if named == "damaged":
+        named = "is damaged"
+    assert named in complaint(path)
+
+
+# ---- saving that fails ---------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def full_disk(after: int) -> Iterator[None]:
+    """Let no file grow beyond so many bytes, as a disk does that fills up."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (after, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("old", [None, b"the model before"])
+def test_a_full_disk_leaves_the_folder_as_it_was(quantized: nn.Module, path: Path, old: bytes | None) -> None:
+    if old:
+        path.write_bytes(old)
+    with full_disk(after=10_000), pytest.raises(IasvitError, match=f"{path.name} cannot be written: "):
+        iasvit.save(quantized, path)
+    assert os.listdir(path.parent) == ([path.name] if old else [])
+    assert not old or path.read_bytes() == old
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EACCES, "Permission denied"), KeyboardInterrupt()])
+def test_a_save_that_stops_before_the_renaming_leaves_the_old_file(
+    quantized: nn.Module, path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    iasvit.save(quantized, path)
+    before = path.read_bytes()
+
+    def stop(source: Path, target: Path) -> None:
+        assert Path(source).stat().st_size > 20_000  # all of it is written beside
+        raise error
+
+    monkeypatch.setattr(os, "replace", stop)
+    with pytest.raises((IasvitError, KeyboardInterrupt)) as raised:
+        iasvit.save(quantize(tiny_models.vit(seed=1)), path)
+    assert isinstance(raised.value, KeyboardInterrupt) or "Permission denied" in str(raised.value)
+    assert path.read_bytes() == before
+    assert os.listdir(path.parent) == [path.name]
+
+
+@pytest.mark.parametrize("folder", ["missing", "file"])
+def test_a_folder_that_cannot_be_written_is_named(quantized: nn.Module, tmp_path: Path, folder: str) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(IasvitError, match=rf"{folder}/model\.safetensors cannot be written: "):
+        iasvit.save(quantized, tmp_path / folder / "model.safetensors")
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_model_that_a_file_cannot_rebuild_is_not_saved(quantized: nn.Module, path: Path) -> None:
+    quantized.blocks[1].mlp.act = nn.ReLU()  # the description has one activation for all blocks
+    with pytest.raises(IasvitError, match="has parts that a file cannot rebuild; not saved"):
+        iasvit.save(quantized, path)
+    quantized.blocks[1].mlp.act = nn.GELU()
+    quantized.extra = nn.Linear(2, 2)
+    with pytest.raises(IasvitError, match=r"cannot rebuild; not saved \(its file .*extra\.weight"):
+        iasvit.save(quantized, path)
+    assert os.listdir(path.parent) == []
+
+
+def test_what_is_not_quantized_is_not_saved(vit: nn.Module, path: Path) -> None:
+    with pytest.raises(IasvitError, match="VisionTransformer given to save is not quantized; save what quantize"):
+        iasvit.save(vit, path)
+    assert os.listdir(path.parent) == []
