@@ -22,8 +22,10 @@ import iasvit
 from iasvit.cli import main
 from iasvit.methods import method_options
 from iasvit.progress import Progress
+from iasvit.provenance import PeakMemory
 
 app = typer.Typer(add_completion=False)
+PHASES = ("capture", "calibration", "reparameterization", "reconstruction")
 
 
 def device_name(device: torch.device) -> str:
@@ -77,14 +79,13 @@ def benchmark(
             known = set(method_options(method_name))
             options = {"iterations": iterations, "batch_size": batch_size}
             options = {key: value for key, value in options.items() if key in known}
-            if where.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(where)
+            memory = PeakMemory(where)
             progress = Progress(f"{name} {method_name}", quiet=False)
             start = time.perf_counter()
             quantized = iasvit.quantize(model, images, bits, method_name, progress=progress, **options)
             synchronize(where)
             seconds = time.perf_counter() - start
-            peak = torch.cuda.max_memory_allocated(where) / 2**20 if where.type == "cuda" else float("nan")
+            peak = memory.mib()
             row = {
                 "backbone": name,
                 "method": method_name,
@@ -92,10 +93,9 @@ def benchmark(
                 "calib_size": calib_size,
                 **{key: options.get(key, "") for key in ("iterations", "batch_size")},
                 "tf32": tf32,
-                "calibration_seconds": round(progress.seconds.get("calibration", 0.0), 2),
-                "reconstruction_seconds": round(progress.seconds.get("reconstruction", 0.0), 2),
+                **{f"{phase}_seconds": round(progress.seconds.get(phase, 0.0), 2) for phase in PHASES},
                 "total_seconds": round(seconds, 2),
-                "device_peak_MiB": round(peak, 1),
+                "peak_memory_MiB": round(peak, 1),
                 "fp32_images_per_second": round(full, 1),
                 "quantized_images_per_second": round(images_per_second(quantized, images[:batch_size], repeats), 1),
                 "device": device_name(where),

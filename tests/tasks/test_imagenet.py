@@ -445,7 +445,7 @@ def test_mini_images_are_the_scenes_normalised_for_the_model() -> None:
     assert torch.equal(torch.cat([at for _, at, _ in batches]), torch.from_numpy(labels))
     mean, std = np.array(config["mean"]), np.array(config["std"])
     expected = ((raw[69] / 255 - mean) / std).transpose(2, 0, 1)
-    np.testing.assert_allclose(batches[1][0][5].numpy(), expected, atol=1e-5)
+    np.testing.assert_allclose(batches[4][0][5].numpy(), expected, atol=1e-5)
 
 
 def test_mini_calibration_depends_on_the_seed_alone() -> None:
