@@ -62,12 +62,18 @@ def load_method_class(name: str) -> type[Method]:
     """The class that a method's entry point names.
 
     Raises:
-        IasvitError: no such method; the message lists what exists.
+        IasvitError: no such method (the message lists what exists), or its module cannot be imported.
     """
     entries = _entries()
     if name not in entries:
         raise IasvitError(f"method {name!r} is not registered; registered are {', '.join(entries)}")
-    return entries[name].load()
+    try:
+        return entries[name].load()
+    except (ImportError, AttributeError) as error:
+        raise IasvitError(
+            f"method {name!r} is registered as {entries[name].value}, but loading that failed: {error}; "
+            "mend or uninstall the package that registers it"
+        ) from error
 
 
 def method_options(name: str) -> list[str]:

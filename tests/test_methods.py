@@ -1,0 +1,97 @@
+"""The registry: names, variants, options, and what is said of those that do not exist."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint
+from typing import ClassVar
+
+import pytest
+from torch import nn
+
+from iasvit import methods
+from iasvit.errors import IasvitError
+from iasvit.methods import Calibration, Method, get_method, list_methods, method_options, split_variant
+from iasvit.progress import Progress
+from iasvit.sos import IASViT
+from iasvit.spec import QuantSpec
+
+
+@dataclass
+class Two:
+    """Two ingredients and an option that is no switch."""
+
+    seed: int = 0
+    first: bool = True
+    second: bool = True
+    loud: bool = False
+
+    name: ClassVar[str] = "two"
+
+    def quantize(self, model: nn.Module, calibration: Calibration, spec: QuantSpec, progress: Progress) -> nn.Module:
+        return model
+
+
+@pytest.fixture
+def registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Entry points "two", here, and two that cannot be loaded."""
+    values = {"two": f"{__name__}:Two", "gone": "no_such_module:Gone", "renamed": f"{__name__}:NoSuchClass"}
+    entries = [EntryPoint(name, value, methods.GROUP) for name, value in values.items()]
+    monkeypatch.setattr(methods, "entry_points", lambda group: entries)
+
+
+def test_this_repositorys_methods_are_registered() -> None:
+    assert {"ias_vit", "base_ptq", "ptq4vit", "repq_vit", "minmax", "rtn"} <= set(list_methods())
+    method = get_method("ias_vit", iterations=3)
+    assert isinstance(method, IASViT)
+    assert isinstance(method, Method)
+    assert (method.iterations, method.sulq, method.sos, method.variant) == (3, True, True, "ias_vit")
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "second"),
+    [
+        ("two", True, True),
+        ("two[-first]", False, True),
+        ("two[-second]", True, False),
+        ("two[-first-second]", False, False),
+    ],
+)
+@pytest.mark.usefixtures("registered")
+def test_a_variant_switches_ingredients_off(name: str, first: bool, second: bool) -> None:
+    method = get_method(name, seed=7)
+    assert method == Two(7, first, second)
+    assert (method.name, method.variant) == ("two", name)
+
+
+@pytest.mark.usefixtures("registered")
+def test_names_and_options_are_listed() -> None:
+    assert list_methods() == ["gone", "renamed", "two"]
+    assert method_options("two[-first]") == ["seed", "first", "second", "loud"]
+
+
+@pytest.mark.parametrize(
+    "name", ["", "two[", "two[]", "two[first]", "two[-]", "two[-first", "two-first", "two [-first]"]
+)
+def test_what_is_no_variant_is_refused(name: str) -> None:
+    with pytest.raises(IasvitError, match="is neither a name nor a name"):
+        split_variant(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        ("three", {}, "method 'three' is not registered; registered are gone, renamed, two"),
+        ("two", {"lr": 1.0}, "method 'two' has no option 'lr'; it knows seed, first, second, loud"),
+        ("two[-third]", {}, "no ingredient 'third' to leave out; it has first, second"),
+        ("two[-loud]", {}, "no ingredient 'loud'"),
+        ("two[-first]", {"first": True}, "option 'first' and method 'two[-first]' name the same ingredient"),
+        ("gone", {}, "method 'gone' is registered as no_such_module:Gone, but loading that failed"),
+        ("renamed", {}, "NoSuchClass, but loading that failed"),
+    ],
+)
+@pytest.mark.usefixtures("registered")
+def test_what_does_not_exist_is_named(name: str, options: dict[str, object], said: str) -> None:
+    with pytest.raises(IasvitError) as error:
+        get_method(name, **options)
+    assert said in str(error.value)
