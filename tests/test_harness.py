@@ -224,7 +224,9 @@ from iasvit import methods
 from iasvit.cli import main, make_app
 from iasvit.harness import Cell, run_cells
 from iasvit.results import ResultStore
+import signal
 import typer
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and hand that on
 methods._entries = lambda: harness_fakes.ENTRIES
 app = make_app()
 @app.command()
