@@ -23,6 +23,7 @@ _BACKBONES = ("vit_s", "vit_b", "deit_t", "deit_s", "deit_b", "swin_t", "swin_s"
 _MODELS = _BACKBONES + tuple(f"{head}_{b}" for head in ("mask_rcnn", "cascade_mask_rcnn") for b in _BACKBONES)
 _LABELS = ("settings", "line", "column", "stale", "weights_only")  # columns that `_frame` adds to those of the rows
 _MISSING = "–"
+_MARKS = "a column's best is bold, its second underlined"
 _STALE = "†"
 _WEIGHTS_ONLY = ", weights only"  # activations in full precision: shown, but out of the competition
 
@@ -110,7 +111,7 @@ def table(rows: Sequence[Row], metrics: Sequence[str] | None = None) -> str:
         cells = _aggregate(group)
         for metric in metrics or primary_metrics(group.columns):
             heading = f"{group['task'].iloc[0]} on {group['dataset'].iloc[0]}, {spec}: {metric}, {split_size} images"
-            parts += [heading, _grid(cells, metric)]
+            parts += [heading, _grid(cells, metric, marked=1)]  # a terminal shows no underlining
         parts += [_notes(group, cells, legend=False)]
     return "\n\n".join(part for part in parts if part)
 
@@ -235,22 +236,13 @@ def _digits(metric: str) -> int:
     return 4 if metric == "cosine" else 2
 
 
-def _grid(cells: pd.DataFrame, metric: str) -> str:
-    """Methods × backbones: **mean ± standard deviation** (gap to full precision), the best of a column in bold."""
+def _grid(cells: pd.DataFrame, metric: str, marked: int = 2) -> str:
+    """Methods × backbones: **mean ± standard deviation** (gap to full precision), the best `marked` of a column so."""
     digits = _digits(metric)
     columns = sorted(cells["column"].unique(), key=lambda name: (_model_rank(name), name))
     lines = sorted(cells["line"].unique())
     by_place = {(cell["line"], cell["column"]): cell for cell in cells.to_dict("records")}
-    best = {
-        column: round(
-            max(
-                (c[metric] for (_, at), c in by_place.items() if at == column and c["n"] and not c["weights_only"]),
-                default=0.0,
-            ),
-            digits,
-        )
-        for column in columns
-    }
+    top = {column: _top(cells[cells["column"] == column], metric, digits)[:marked] for column in columns}
     same_n = cells["n"].nunique() == 1
     grid = [["method", *columns]]
     if f"fp_{metric}" in cells:
@@ -260,7 +252,7 @@ def _grid(cells: pd.DataFrame, metric: str) -> str:
         row = [line]
         for column in columns:
             cell = by_place.get((line, column))
-            row.append(_MISSING if cell is None else _cell(cell, metric, digits, best[column], same_n))
+            row.append(_MISSING if cell is None else _cell(cell, metric, digits, top[column], same_n))
         grid.append(row)
     widths = [max(map(len, column)) for column in zip(*grid, strict=True)]
     text = [
@@ -275,15 +267,21 @@ def _model_rank(name: str) -> int:
     return _MODELS.index(base) if base in _MODELS else len(_MODELS)
 
 
-def _cell(cell: dict, metric: str, digits: int, best: float, same_n: bool) -> str:
+def _top(cells: pd.DataFrame, metric: str, digits: int) -> list[float]:
+    """The values of the cells that compete, as they are printed, the best first."""
+    competing = cells[(cells["n"] > 0) & ~cells["weights_only"].astype(bool)]
+    return sorted({round(value, digits) for value in competing[metric]}, reverse=True)
+
+
+def _cell(cell: dict, metric: str, digits: int, top: list[float], same_n: bool) -> str:
     stale = _STALE if cell["stale"] else ""
     if not cell["n"]:
         return f"failed{stale}"
     text = f"{cell[metric]:.{digits}f}"
     if cell["n"] > 1:
         text += f" ± {cell[f'{metric}_std']:.{digits}f}"
-    if round(cell[metric], digits) == best and not cell["weights_only"]:
-        text = f"**{text}**"
+    if not cell["weights_only"] and (value := round(cell[metric], digits)) in top:
+        text = f"**{text}**" if value == top[0] else f"<u>{text}</u>"
     notes = []
     if f"fp_{metric}" in cell and not pd.isna(cell[f"fp_{metric}"]):
         notes.append(f"{cell[metric] - cell[f'fp_{metric}']:+.{digits}f}")
@@ -300,9 +298,7 @@ def _notes(rows: pd.DataFrame, cells: pd.DataFrame, legend: bool = True) -> str:
     if legend:
         counts = sorted(set(cells["n"]) - {0})
         seeds = f"{counts[0]} seed{'s' * (counts[0] > 1)} a cell" if len(counts) == 1 else "n seeds a cell"
-        notes.append(
-            f"Mean ± standard deviation over seeds (difference to fp32); {seeds}; the best of a column is bold."
-        )
+        notes.append(f"Mean ± standard deviation over seeds (difference to fp32); {seeds}; {_MARKS}.")
         for metric in primary_metrics(rows.columns):
             if f"{metric}_se" in rows and rows[f"{metric}_se"].notna().any():
                 error = rows[f"{metric}_se"].max()
@@ -397,7 +393,7 @@ def published_documents(published: pd.DataFrame) -> list[Document]:
             f"- {source}: {', '.join(sorted(set(part['method'])))}."
             for source, part in group.groupby("source", sort=True)
         ]
-        sections.append("\n".join(["Value (difference to fp32); the best of a column is bold. Sources:", "", *sources]))
+        sections.append("\n".join([f"Value (difference to fp32); {_MARKS}. Sources:", "", *sources]))
         data = group.assign(gap=(group["value"] - group["fp"]).round(4))
         data = data.sort_values(["metric", "method", "model"], kind="stable")
         name = _slug(f"{task}-published-w{w_bits}a{a_bits}")

@@ -44,7 +44,7 @@ def test_a_table_has_mean_deviation_gap_best_and_dash() -> None:
     (document,) = measured_documents(grid_rows())
     assert line_of(document.sections, "method") == ["method", "vit_s", "swin_t"]
     assert line_of(document.sections, "fp32") == ["fp32", "80.00", "81.00"]
-    assert line_of(document.sections, "noise") == ["noise", "71.00 ± 1.00 (-9.00)", "**60.00 ± 0.00** (-21.00)"]
+    assert line_of(document.sections, "noise") == ["noise", "<u>71.00 ± 1.00</u> (-9.00)", "**60.00 ± 0.00** (-21.00)"]
     assert line_of(document.sections, "other") == ["other", "**71.50 ± 0.00** (-8.50)", "–"]
     assert "3 seeds a cell" in document.sections
     assert "Standard error of top1 from the size of the split: at most 1.50." in document.sections
@@ -63,7 +63,11 @@ def test_the_data_file_has_every_aggregate() -> None:
 def test_different_numbers_of_seeds_are_said_cell_by_cell() -> None:
     (document,) = measured_documents([*grid_rows(), make_row(model="deit_t", top1=50.0)])
     cells = line_of(document.sections, "noise")
-    assert cells[1:] == ["71.00 ± 1.00 (-9.00, n=3)", "**50.00** (-30.00, n=1)", "**60.00 ± 0.00** (-21.00, n=3)"]
+    assert cells[1:] == [
+        "<u>71.00 ± 1.00</u> (-9.00, n=3)",
+        "**50.00** (-30.00, n=1)",
+        "**60.00 ± 0.00** (-21.00, n=3)",
+    ]
     assert "n seeds a cell" in document.sections
 
 
@@ -71,7 +75,7 @@ def test_failed_cells_say_so() -> None:
     broken = {"status": "failed", "reason": "layer 'fc' puts out NaN", "top1": None, "agreement": None}
     rows = [*grid_rows(), make_row(model="deit_t", **broken), make_row(model="vit_s", seed=3, **broken)]
     (document,) = measured_documents(rows)
-    assert line_of(document.sections, "noise")[1:3] == ["71.00 ± 1.00 (-9.00, n=3, 1 failed)", "failed"]
+    assert line_of(document.sections, "noise")[1:3] == ["<u>71.00 ± 1.00</u> (-9.00, n=3, 1 failed)", "failed"]
     assert "- noise on deit_t, seed 0, failed: layer 'fc' puts out NaN" in document.sections
     (only,) = measured_documents([make_row(**broken)])
     assert line_of(only.sections, "noise") == ["noise", "failed"]
@@ -126,7 +130,7 @@ def test_settings_and_weights_are_never_averaged_over() -> None:
     (document,) = measured_documents(rows)
     assert line_of(document.sections, "method")[1:] == ["vit_s", "vit_b [x]", "vit_b [y]"]
     assert line_of(document.sections, "noise (iterations=1)")[1:] == ["1.00 (-79.00)", "–", "–"]
-    assert line_of(document.sections, "noise (iterations=9)")[1] == "9.00 (-71.00)"
+    assert line_of(document.sections, "noise (iterations=9)")[1] == "<u>9.00</u> (-71.00)"
     assert line_of(document.sections, "one")[1] == "**70.00** (-10.00)"
     assert "- noise (iterations=9): calib_size=8, iterations=9, lr=2." in document.sections
 
@@ -283,7 +287,7 @@ def test_published_tables_have_gap_best_and_source(tmp_path: Path) -> None:
     path.write_text(HEADER + "\n".join(lines) + "\n")
     (document,) = published_documents(read_published(path))
     assert line_of(document.sections, "fp32") == ["fp32", "81.39", "–"]
-    assert line_of(document.sections, "a") == ["a", "60.00 (-21.39)", "**50.00**"]
+    assert line_of(document.sections, "a") == ["a", "<u>60.00</u> (-21.39)", "**50.00**"]
     assert line_of(document.sections, "b") == ["b", "**60.50** (-20.89)", "–"]
     assert "- Paper A: a.\n- Paper B: b." in document.sections
     assert isinstance(document.frame, pd.DataFrame)
