@@ -38,6 +38,8 @@ class Document:
         sections: Markdown that README takes too.
         details: further Markdown.
         frame: the same as data.
+        identity: task, dataset and spec where the numbers are measured.
+        cells: those of the largest split, for plots.
     """
 
     name: str
@@ -45,6 +47,8 @@ class Document:
     sections: str
     details: str
     frame: pd.DataFrame
+    identity: tuple[str, str, str] | None = None
+    cells: pd.DataFrame | None = None
 
     def markdown(self) -> str:
         """The file's text."""
@@ -54,12 +58,13 @@ class Document:
 def write_leaderboard(
     runs: Path, published: Path, out: Path, readme: Path | None = None, report: Callable[[str], None] = warn
 ) -> list[Path]:
-    """Write <task>-<dataset>-<bits>.md and .csv for everything measured or published, and leaderboard.md listing them.
+    """Write <task>-<dataset>-<bits>.md and .csv for everything measured or published, plots, and leaderboard.md.
 
     Args:
         runs: folder of result files, read with all folders in it; of rows with equal keys the latest counts.
         published: CSV file of published values, columns PUBLISHED_COLUMNS.
-        out: folder for the tables. Tables of earlier calls that have no rows any more are removed.
+        out: folder for tables and plots; its mini_errors.csv, where it has one, is drawn too. Tables and plots of
+            earlier calls that have no rows any more are removed.
         readme: file whose text between `<!-- table:NAME -->` and `<!-- /table -->` is replaced by that table; None for
             no such file.
         report: called with a sentence about each line or marker that cannot be used.
@@ -77,7 +82,8 @@ def write_leaderboard(
         for problem in problems:
             report(problem)
     documents = [*measured_documents(rows), *published_documents(read_published(published))]
-    texts = {"leaderboard.md": _index(documents)}
+    drawn = {**plots(documents), **error_plots(out / "mini_errors.csv")}
+    texts = {"leaderboard.md": _index(documents, drawn), **{f"plots/{name}": svg for name, svg in drawn.items()}}
     for document in documents:
         texts[f"{document.name}.md"] = document.markdown()
         texts[f"{document.name}.csv"] = document.frame.to_csv(index=False, lineterminator="\n")
@@ -88,7 +94,11 @@ def write_leaderboard(
             if path.name not in texts and path.read_text(encoding="utf-8").startswith(MADE):
                 path.unlink()
                 path.with_suffix(".csv").unlink(missing_ok=True)
+        for path in (out / "plots").glob("*.svg"):
+            if f"plots/{path.name}" not in texts:
+                path.unlink()
         for name, text in texts.items():
+            (out / name).parent.mkdir(exist_ok=True)
             _replace(out / name, text)
         if readme is not None and replaced is not None:
             _replace(readme, replaced)
@@ -126,10 +136,11 @@ def measured_documents(rows: Iterable[Row]) -> list[Document]:
     documents = []
     for (task, dataset, spec), group in frame.groupby(["task", "dataset", "spec"], sort=True):
         title = f"{task} on {dataset}, {spec}: {_kind(dataset)}"
-        sections, details, frames = [], [], []
+        sections, details, frames, all_cells = [], [], [], []
         for split_size, part in sorted(group.groupby("split_size"), key=lambda item: -item[0]):
             part = part.dropna(axis=1, how="all")
             cells = _aggregate(part)
+            all_cells.append(cells)
             primary = primary_metrics(part.columns)
             for metric in primary:
                 sections += [f"**{title}.** {metric}, {split_size} images", _grid(cells, metric)]
@@ -138,8 +149,62 @@ def measured_documents(rows: Iterable[Row]) -> list[Document]:
             frames.append(_data(cells, {"task": task, "dataset": dataset, "spec": spec, "split_size": split_size}))
         data = pd.concat(frames, ignore_index=True)
         name = _slug(f"{task}-{dataset}-{spec}")
-        documents.append(Document(name, title, "\n\n".join(sections), "\n\n".join(details), data))
+        text = ("\n\n".join(sections), "\n\n".join(details))
+        documents.append(Document(name, title, *text, data, (task, dataset, spec), all_cells[0]))
     return documents
+
+
+def plots(documents: Iterable[Document]) -> dict[str, str]:
+    """File name → SVG: accuracy against bits and against seconds, for each task, data set and primary metric.
+
+    Cells whose bits differ from layer to layer are left out, and models that not every bit-width has a cell of stay.
+    """
+    from iasvit.plots import accuracy_by_bits, accuracy_by_seconds
+
+    drawn: dict[str, str] = {}
+    groups: dict[tuple[str, str], list[pd.DataFrame]] = {}
+    for document in documents:
+        match = re.fullmatch(r"W(\d+)A(\d+)", document.identity[2]) if document.identity else None
+        if match and document.cells is not None:
+            task, dataset, spec = document.identity
+            cells = document.cells[document.cells["n"] > 0]
+            groups.setdefault((task, dataset), []).append(
+                cells.assign(spec=spec, w_bits=int(match[1]), a_bits=int(match[2]), model=cells["column"])
+            )
+    for (task, dataset), parts in groups.items():
+        cells = pd.concat(parts, ignore_index=True)
+        models = sorted(cells["model"].unique(), key=lambda name: (_model_rank(name), name))
+        for metric in primary_metrics(cells.columns):
+            name = _slug(f"{task}-{dataset}") + ("" if metric == "top1" else f"-{metric.lower()}")
+            title = f"{task} on {dataset}: {metric} against bits, {_kind(dataset)}"
+            if len(parts) > 1:
+                drawn[f"{name}-bits.svg"] = accuracy_by_bits(cells, metric, models, title)
+            for spec, part in cells[cells["quantization_seconds"].notna()].groupby("spec", sort=True):
+                here = [model for model in models if model in set(part["model"])]
+                title = f"{task} on {dataset}, {spec}: {metric} against seconds, {_kind(dataset)}"
+                drawn[f"{name}-{spec.lower()}-seconds.svg"] = accuracy_by_seconds(part, metric, here, title)
+    return drawn
+
+
+def error_plots(path: Path) -> dict[str, str]:
+    """File name → SVG: the error of each layer, for each model and spec of `python -m tasks.mini.errors`'s file.
+
+    Raises:
+        IasvitError: the file is there, but is no such file.
+    """
+    from iasvit.plots import layer_errors
+
+    if not path.is_file():
+        return {}
+    try:
+        errors = pd.read_csv(path)
+        groups = errors.astype({"own": float, "streamed": float}).groupby(["model", "bits"], sort=True)
+        return {
+            _slug(f"layer-errors-{model}-{bits}") + ".svg": layer_errors(part, f"mini {model}, {bits}: error by layer")
+            for (model, bits), part in groups
+        }
+    except (OSError, ValueError, KeyError) as error:
+        raise IasvitError(f"{path} is not of `python -m tasks.mini.errors`: {error}; make it again") from error
 
 
 def _kind(dataset: str) -> str:
@@ -404,9 +469,10 @@ def published_documents(published: pd.DataFrame) -> list[Document]:
 # Files
 
 
-def _index(documents: Sequence[Document]) -> str:
+def _index(documents: Sequence[Document], drawn: Iterable[str]) -> str:
     lines = [f"- [{document.title}]({document.name}.md) ([CSV]({document.name}.csv))" for document in documents]
-    return "\n".join([MADE, "", "# Leaderboard", "", *lines]) + "\n"
+    images = [f"![{name.removesuffix('.svg')}](plots/{name})" for name in drawn]
+    return "\n".join([MADE, "", "# Leaderboard", "", *lines, *(f"\n{image}" for image in images)]) + "\n"
 
 
 def _fill(readme: Path, documents: Sequence[Document], report: Callable[[str], None]) -> str | None:

@@ -172,7 +172,8 @@ def write_all(tmp_path: Path, out: str, order: int = 1, readme: Path | None = No
         HEADER + "imagenet,vit_s,fp32,32,32,top1,81,x\nimagenet,vit_s,a,3,3,top1,1,x\n"
     )
     write_leaderboard(runs, tmp_path / "published.csv", tmp_path / out, readme)
-    return {path.name: path.read_bytes() for path in (tmp_path / out).iterdir()}
+    found = [path for path in sorted((tmp_path / out).rglob("*")) if path.is_file()]
+    return {path.relative_to(tmp_path / out).as_posix(): path.read_bytes() for path in found}
 
 
 def test_the_same_rows_give_the_same_bytes_in_any_order(tmp_path: Path) -> None:
@@ -180,6 +181,7 @@ def test_the_same_rows_give_the_same_bytes_in_any_order(tmp_path: Path) -> None:
     assert sorted(first) == [
         *("fake-mini-w3a3.csv", "fake-mini-w3a3.md", "imagenet-published-w3a3.csv", "imagenet-published-w3a3.md"),
         "leaderboard.md",
+        "plots/fake-mini-w3a3-seconds.svg",
     ]
     assert write_all(tmp_path, "b", order=-1) == first
     assert b"published" not in first["fake-mini-w3a3.md"]
@@ -200,7 +202,7 @@ def test_a_table_without_rows_goes_and_other_files_stay(tmp_path: Path) -> None:
     write_all(tmp_path, "a")
     (tmp_path / "a" / "notes.md").write_text("mine\n")
     write_leaderboard(tmp_path / "none", tmp_path / "published.csv", tmp_path / "a")
-    left = sorted(path.name for path in (tmp_path / "a").iterdir())
+    left = [path.name for path in sorted((tmp_path / "a").rglob("*")) if path.is_file()]
     assert left == ["imagenet-published-w3a3.csv", "imagenet-published-w3a3.md", "leaderboard.md", "notes.md"]
 
 
@@ -309,3 +311,53 @@ def test_a_wrong_published_line_is_named(tmp_path: Path, line: str, message: str
     path.write_text(HEADER + "imagenet,vit_s,b,3,3,top1,1,x\n" + line + "\n")
     with pytest.raises(IasvitError, match=message):
         read_published(path)
+
+
+# Plots
+
+
+def plotted(tmp_path: Path, errors: str | None = None) -> dict[str, str]:
+    runs, out = tmp_path / "runs", tmp_path / "out"
+    rows = [
+        make_row(
+            task="imagenet",
+            model=m,
+            method=f"m{i}",
+            spec=s,
+            w_bits=b,
+            a_bits=b,
+            top1=10.0 * i + b,
+            quantization_seconds=i,
+        )
+        for m in ("vit_s", "swin_t")
+        for i in (1, 2, 3)
+        for s, b in (("W3A3", 3), ("W4A4", 4))
+    ]
+    rows.append(make_row(task="imagenet", method="mixed", spec="W3A3,head=W8A8"))
+    store_rows(runs, rows)
+    out.mkdir(exist_ok=True)
+    if errors is not None:
+        (out / "mini_errors.csv").write_text(errors)
+    write_leaderboard(runs, tmp_path / "none.csv", out)
+    return {path.name: path.read_text() for path in (out / "plots").glob("*")}
+
+
+def test_plots_are_drawn_for_each_task_and_data_set_and_are_the_same_again(tmp_path: Path) -> None:
+    drawn = plotted(tmp_path)
+    assert set(drawn) == {"imagenet-mini-bits.svg", "imagenet-mini-w3a3-seconds.svg", "imagenet-mini-w4a4-seconds.svg"}
+    bits = drawn["imagenet-mini-bits.svg"]
+    for text in ("vit_s", "swin_t", "m1", "m3", "W3A3", "W4A4", "fp32", "not on real data"):
+        assert f">{text}<" in bits or text in bits
+    assert "mixed" not in bits
+    (tmp_path / "out" / "plots" / "old.svg").write_text("left from rows that are gone")
+    assert plotted(tmp_path) == drawn
+    index = (tmp_path / "out" / "leaderboard.md").read_text()
+    assert all(f"(plots/{name})" in index for name in drawn)
+
+
+def test_errors_by_layer_are_drawn_where_they_were_measured(tmp_path: Path) -> None:
+    lines = [f"deit_t,W3A3,{m},32,{layer},k,{e},{e}" for m in ("a", "b") for layer, e in (("x", 0.1), ("y", 0.0))]
+    drawn = plotted(tmp_path, "\n".join(["model,bits,method,images,layer,kind,own,streamed", *lines]))
+    assert "mini deit_t, W3A3" in drawn["layer-errors-deit_t-w3a3.svg"]
+    with pytest.raises(IasvitError, match=r"mini_errors\.csv is not of `python -m tasks\.mini\.errors`"):
+        plotted(tmp_path, "model,bits\n")
