@@ -58,7 +58,7 @@ class Document:
 def write_leaderboard(
     runs: Path, published: Path, out: Path, readme: Path | None = None, report: Callable[[str], None] = warn
 ) -> list[Path]:
-    """Write <task>-<dataset>-<bits>.md and .csv for everything measured or published, plots, and leaderboard.md.
+    """Write <task>-<dataset>-<bits>.md and .csv for all that is measured or published, plots, and index.html.
 
     Args:
         runs: folder of result files, read with all folders in it; of rows with equal keys the latest counts.
@@ -75,6 +75,9 @@ def write_leaderboard(
     Raises:
         IasvitError: a file cannot be read or written, or the published values have a wrong or repeated line.
     """
+    from iasvit.page import page
+    from iasvit.views import error_plots, page_values, plots
+
     rows: list[Row] = []
     for path in sorted(runs.rglob("*.csv")):
         found, problems = read_rows(path)
@@ -82,8 +85,8 @@ def write_leaderboard(
         for problem in problems:
             report(problem)
     documents = [*measured_documents(rows), *published_documents(read_published(published))]
-    drawn = {**plots(documents), **error_plots(out / "mini_errors.csv")}
-    texts = {"leaderboard.md": _index(documents, drawn), **{f"plots/{name}": svg for name, svg in drawn.items()}}
+    drawn = {f"plots/{name}": svg for name, svg in {**plots(documents), **error_plots(out / "mini_errors.csv")}.items()}
+    texts = {"leaderboard.md": _index(documents, drawn), "index.html": page(page_values(documents), drawn), **drawn}
     for document in documents:
         texts[f"{document.name}.md"] = document.markdown()
         texts[f"{document.name}.csv"] = document.frame.to_csv(index=False, lineterminator="\n")
@@ -135,7 +138,7 @@ def measured_documents(rows: Iterable[Row]) -> list[Document]:
     frame = frame[frame["method"] != "fp32"]
     documents = []
     for (task, dataset, spec), group in frame.groupby(["task", "dataset", "spec"], sort=True):
-        title = f"{task} on {dataset}, {spec}: {_kind(dataset)}"
+        title = f"{task} on {dataset}, {spec}: {kind_of(dataset)}"
         sections, details, frames, all_cells = [], [], [], []
         for split_size, part in sorted(group.groupby("split_size"), key=lambda item: -item[0]):
             part = part.dropna(axis=1, how="all")
@@ -148,66 +151,13 @@ def measured_documents(rows: Iterable[Row]) -> list[Document]:
             details += [_details(cells, split_size, [m for m in _metrics(part) if m not in primary])]
             frames.append(_data(cells, {"task": task, "dataset": dataset, "spec": spec, "split_size": split_size}))
         data = pd.concat(frames, ignore_index=True)
-        name = _slug(f"{task}-{dataset}-{spec}")
+        name = slug(f"{task}-{dataset}-{spec}")
         text = ("\n\n".join(sections), "\n\n".join(details))
         documents.append(Document(name, title, *text, data, (task, dataset, spec), all_cells[0]))
     return documents
 
 
-def plots(documents: Iterable[Document]) -> dict[str, str]:
-    """File name → SVG: accuracy against bits and against seconds, for each task, data set and primary metric.
-
-    Cells whose bits differ from layer to layer are left out, and models that not every bit-width has a cell of stay.
-    """
-    from iasvit.plots import accuracy_by_bits, accuracy_by_seconds
-
-    drawn: dict[str, str] = {}
-    groups: dict[tuple[str, str], list[pd.DataFrame]] = {}
-    for document in documents:
-        match = re.fullmatch(r"W(\d+)A(\d+)", document.identity[2]) if document.identity else None
-        if match and document.cells is not None:
-            task, dataset, spec = document.identity
-            cells = document.cells[document.cells["n"] > 0]
-            groups.setdefault((task, dataset), []).append(
-                cells.assign(spec=spec, w_bits=int(match[1]), a_bits=int(match[2]), model=cells["column"])
-            )
-    for (task, dataset), parts in groups.items():
-        cells = pd.concat(parts, ignore_index=True)
-        models = sorted(cells["model"].unique(), key=lambda name: (_model_rank(name), name))
-        for metric in primary_metrics(cells.columns):
-            name = _slug(f"{task}-{dataset}") + ("" if metric == "top1" else f"-{metric.lower()}")
-            title = f"{task} on {dataset}: {metric} against bits, {_kind(dataset)}"
-            if len(parts) > 1:
-                drawn[f"{name}-bits.svg"] = accuracy_by_bits(cells, metric, models, title)
-            for spec, part in cells[cells["quantization_seconds"].notna()].groupby("spec", sort=True):
-                here = [model for model in models if model in set(part["model"])]
-                title = f"{task} on {dataset}, {spec}: {metric} against seconds, {_kind(dataset)}"
-                drawn[f"{name}-{spec.lower()}-seconds.svg"] = accuracy_by_seconds(part, metric, here, title)
-    return drawn
-
-
-def error_plots(path: Path) -> dict[str, str]:
-    """File name → SVG: the error of each layer, for each model and spec of `python -m tasks.mini.errors`'s file.
-
-    Raises:
-        IasvitError: the file is there, but is no such file.
-    """
-    from iasvit.plots import layer_errors
-
-    if not path.is_file():
-        return {}
-    try:
-        errors = pd.read_csv(path)
-        groups = errors.astype({"own": float, "streamed": float}).groupby(["model", "bits"], sort=True)
-        return {
-            _slug(f"layer-errors-{model}-{bits}") + ".svg": layer_errors(part, f"mini {model}, {bits}: error by layer")
-            for (model, bits), part in groups
-        }
-    except (OSError, ValueError, KeyError) as error:
-        raise IasvitError(f"{path} is not of `python -m tasks.mini.errors`: {error}; make it again") from error
-
-
-def _kind(dataset: str) -> str:
+def kind_of(dataset: str) -> str:
     if dataset == "mini-hard":
         return (
             "measured on mini-hard, the embedded benchmark's stress variant (a real ViT's channel spread transplanted)"
@@ -217,7 +167,7 @@ def _kind(dataset: str) -> str:
     return "measured on real data"
 
 
-def _slug(text: str) -> str:
+def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9_]+", "-", text.lower()).strip("-")
 
 
@@ -276,6 +226,7 @@ def _aggregate(rows: pd.DataFrame) -> pd.DataFrame:
     cells["n"] = done.size().reindex(cells.index, fill_value=0)
     cells["failed"] = groups["status"].agg(lambda status: int((status == "failed").sum()))
     cells["stale"] = groups["stale"].any()
+    cells["command"] = groups["command"].agg(lambda commands: "\n".join(dict.fromkeys(commands)))
     for metric in _metrics(rows):
         values = done[metric]
         cells[metric] = values.mean().reindex(cells.index).astype(float)
@@ -289,7 +240,7 @@ def _aggregate(rows: pd.DataFrame) -> pd.DataFrame:
 
 def _data(cells: pd.DataFrame, identity: dict[str, object]) -> pd.DataFrame:
     """The aggregated cells as they go to CSV."""
-    data = cells.drop(columns=["line", "column"])
+    data = cells.drop(columns=["line", "column", "command"])
     for metric in primary_metrics(cells.columns):
         data.insert(data.columns.get_loc(f"fp_{metric}") + 1, f"gap_{metric}", data[metric] - data[f"fp_{metric}"])
     for position, (name, value) in enumerate(identity.items()):
@@ -304,7 +255,7 @@ def _digits(metric: str) -> int:
 def _grid(cells: pd.DataFrame, metric: str, marked: int = 2) -> str:
     """Methods × backbones: **mean ± standard deviation** (gap to full precision), the best `marked` of a column so."""
     digits = _digits(metric)
-    columns = sorted(cells["column"].unique(), key=lambda name: (_model_rank(name), name))
+    columns = sorted(cells["column"].unique(), key=lambda name: (model_rank(name), name))
     lines = sorted(cells["line"].unique())
     by_place = {(cell["line"], cell["column"]): cell for cell in cells.to_dict("records")}
     top = {column: _top(cells[cells["column"] == column], metric, digits)[:marked] for column in columns}
@@ -327,7 +278,7 @@ def _grid(cells: pd.DataFrame, metric: str, marked: int = 2) -> str:
     return "\n".join([text[0], rule, *text[1:]])
 
 
-def _model_rank(name: str) -> int:
+def model_rank(name: str) -> int:
     base = name.split(" [")[0]
     return _MODELS.index(base) if base in _MODELS else len(_MODELS)
 
@@ -461,7 +412,7 @@ def published_documents(published: pd.DataFrame) -> list[Document]:
         sections.append("\n".join([f"Value (difference to fp32); {_MARKS}. Sources:", "", *sources]))
         data = group.assign(gap=(group["value"] - group["fp"]).round(4))
         data = data.sort_values(["metric", "method", "model"], kind="stable")
-        name = _slug(f"{task}-published-w{w_bits}a{a_bits}")
+        name = slug(f"{task}-published-w{w_bits}a{a_bits}")
         documents.append(Document(name, title, "\n\n".join(sections), "", data))
     return documents
 
@@ -471,8 +422,22 @@ def published_documents(published: pd.DataFrame) -> list[Document]:
 
 def _index(documents: Sequence[Document], drawn: Iterable[str]) -> str:
     lines = [f"- [{document.title}]({document.name}.md) ([CSV]({document.name}.csv))" for document in documents]
-    images = [f"![{name.removesuffix('.svg')}](plots/{name})" for name in drawn]
-    return "\n".join([MADE, "", "# Leaderboard", "", *lines, *(f"\n{image}" for image in images)]) + "\n"
+    images = [f"![{Path(name).stem}]({name})" for name in drawn]
+    return (
+        "\n".join(
+            [
+                MADE,
+                "",
+                "# Leaderboard",
+                "",
+                "[Sortable, on one page](index.html)",
+                "",
+                *lines,
+                *(f"\n{image}" for image in images),
+            ]
+        )
+        + "\n"
+    )
 
 
 def _fill(readme: Path, documents: Sequence[Document], report: Callable[[str], None]) -> str | None:

@@ -180,6 +180,7 @@ def test_the_same_rows_give_the_same_bytes_in_any_order(tmp_path: Path) -> None:
     first = write_all(tmp_path, "a")
     assert sorted(first) == [
         *("fake-mini-w3a3.csv", "fake-mini-w3a3.md", "imagenet-published-w3a3.csv", "imagenet-published-w3a3.md"),
+        "index.html",
         "leaderboard.md",
         "plots/fake-mini-w3a3-seconds.svg",
     ]
@@ -203,7 +204,13 @@ def test_a_table_without_rows_goes_and_other_files_stay(tmp_path: Path) -> None:
     (tmp_path / "a" / "notes.md").write_text("mine\n")
     write_leaderboard(tmp_path / "none", tmp_path / "published.csv", tmp_path / "a")
     left = [path.name for path in sorted((tmp_path / "a").rglob("*")) if path.is_file()]
-    assert left == ["imagenet-published-w3a3.csv", "imagenet-published-w3a3.md", "leaderboard.md", "notes.md"]
+    assert left == [
+        "imagenet-published-w3a3.csv",
+        "imagenet-published-w3a3.md",
+        "index.html",
+        "leaderboard.md",
+        "notes.md",
+    ]
 
 
 def test_a_malformed_row_is_reported_and_the_rest_is_there(tmp_path: Path) -> None:

@@ -1,0 +1,129 @@
+"""What is shown of the tables: plots, and the values of the page."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import pandas as pd
+
+from iasvit.errors import IasvitError
+from iasvit.leaderboard import Document, kind_of, model_rank, slug
+from iasvit.page import Value
+from iasvit.plots import accuracy_by_bits, accuracy_by_seconds, layer_errors
+from iasvit.results import primary_metrics
+
+
+def plots(documents: Iterable[Document]) -> dict[str, str]:
+    """File name → SVG: accuracy against bits and against seconds, for each task, data set and primary metric.
+
+    Cells whose bits differ from layer to layer are left out, and models that not every bit-width has a cell of stay.
+    """
+    drawn: dict[str, str] = {}
+    groups: dict[tuple[str, str], list[pd.DataFrame]] = {}
+    for document in documents:
+        match = re.fullmatch(r"W(\d+)A(\d+)", document.identity[2]) if document.identity else None
+        if match and document.cells is not None:
+            task, dataset, spec = document.identity
+            cells = document.cells[document.cells["n"] > 0]
+            groups.setdefault((task, dataset), []).append(
+                cells.assign(spec=spec, w_bits=int(match[1]), a_bits=int(match[2]), model=cells["column"])
+            )
+    for (task, dataset), parts in groups.items():
+        cells = pd.concat(parts, ignore_index=True)
+        models = sorted(cells["model"].unique(), key=lambda name: (model_rank(name), name))
+        for metric in primary_metrics(cells.columns):
+            name = slug(f"{task}-{dataset}") + ("" if metric == "top1" else f"-{metric.lower()}")
+            title = f"{task} on {dataset}: {metric} against bits, {kind_of(dataset)}"
+            if len(parts) > 1:
+                drawn[f"{name}-bits.svg"] = accuracy_by_bits(cells, metric, models, title)
+            for spec, part in cells[cells["quantization_seconds"].notna()].groupby("spec", sort=True):
+                here = [model for model in models if model in set(part["model"])]
+                title = f"{task} on {dataset}, {spec}: {metric} against seconds, {kind_of(dataset)}"
+                drawn[f"{name}-{spec.lower()}-seconds.svg"] = accuracy_by_seconds(part, metric, here, title)
+    return drawn
+
+
+def error_plots(path: Path) -> dict[str, str]:
+    """File name → SVG: the error of each layer, for each model and spec of `python -m tasks.mini.errors`'s file.
+
+    Raises:
+        IasvitError: the file is there, but is no such file.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        errors = pd.read_csv(path)
+        groups = errors.astype({"own": float, "streamed": float}).groupby(["model", "bits"], sort=True)
+        return {
+            slug(f"layer-errors-{model}-{bits}") + ".svg": layer_errors(part, f"mini {model}, {bits}: error by layer")
+            for (model, bits), part in groups
+        }
+    except (OSError, ValueError, KeyError) as error:
+        raise IasvitError(f"{path} is not of `python -m tasks.mini.errors`: {error}; make it again") from error
+
+
+def page_values(documents: Iterable[Document]) -> list[Value]:
+    """Every primary value of the documents: with settings and commands, or with its source."""
+    values: list[Value] = []
+    for document in documents:
+        values += _published(document) if document.identity is None else _measured(document)
+    return values
+
+
+def _measured(document: Document) -> list[Value]:
+    task, dataset, bits = document.identity
+    cells = document.cells
+    values = []
+    for metric in primary_metrics(cells.columns):
+        competing = cells[(cells["n"] > 0) & ~cells["weights_only"].astype(bool)]
+        best = competing.groupby("column")[metric].max()
+        for cell in cells.to_dict("records"):
+            failed = not cell["n"]
+            marks = ["failed"] * failed + ["stale"] * bool(cell["stale"])
+            gap = cell[metric] - cell.get(f"fp_{metric}", float("nan"))
+            values.append(
+                Value(
+                    kind=kind_of(dataset)[0].upper() + kind_of(dataset)[1:],
+                    task=task,
+                    dataset=dataset,
+                    bits=bits,
+                    method=cell["line"],
+                    model=cell["column"],
+                    metric=metric,
+                    value=_number(cell[metric]),
+                    std=_number(cell[f"{metric}_std"]),
+                    gap=_number(gap),
+                    seeds=int(cell["n"]),
+                    seconds=_number(cell["quantization_seconds"]),
+                    how=f"{cell['settings'].replace(';', ', ')}\n{cell['command']}",
+                    note=" ".join(marks),
+                    best=not failed and not cell["weights_only"] and cell[metric] == best[cell["column"]],
+                )
+            )
+    return values
+
+
+def _published(document: Document) -> list[Value]:
+    best = document.frame.groupby(["metric", "model"])["value"].transform("max")
+    return [
+        Value(
+            kind="Published: values from papers, not measured here",
+            task=row["task"],
+            dataset="",
+            bits=f"W{row['w_bits']}A{row['a_bits']}",
+            method=row["method"],
+            model=row["model"],
+            metric=row["metric"],
+            value=_number(row["value"]),
+            gap=_number(row["gap"]),
+            how=row["source"],
+            best=row["value"] == top,
+        )
+        for row, top in zip(document.frame.to_dict("records"), best, strict=True)
+    ]
+
+
+def _number(value: float) -> float | None:
+    return None if pd.isna(value) else float(value)
