@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from result_rows import make_row
 
 from iasvit import leaderboard
@@ -158,6 +161,54 @@ def test_a_runs_own_table_has_its_cells_and_no_command() -> None:
     assert "W32A32" not in text
     assert line_of(table([make_row()], ["agreement"]), "noise") == ["noise", "**90.00**"]
     assert table([]) == ""
+
+
+@st.composite
+def stores(draw: st.DrawFn) -> list[dict]:
+    """Rows of random cells, some measured twice, some failed, in random order."""
+    keys = st.tuples(st.sampled_from("ab"), st.sampled_from(["vit_s", "swin_t"]), st.sampled_from(["W3A3", "W4A4"]))
+    count = draw(st.integers(1, 25))
+    rows = []
+    for minute in range(count):
+        method, model, spec = draw(keys)
+        failed = draw(st.booleans()) and draw(st.booleans())
+        top1 = None if failed else draw(st.integers(0, 10000)) / 100
+        rows.append(
+            make_row(
+                method=method,
+                model=model,
+                spec=spec,
+                seed=draw(st.integers(0, 3)),
+                top1=top1,
+                status="failed" if failed else "ok",
+                reason="it did" if failed else "",
+                time=f"2026-01-01T00:{minute:02d}:00Z",
+            )
+        )
+    return draw(st.permutations(rows))
+
+
+@given(stores())
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_aggregates_equal_a_plain_computation(rows: list[dict]) -> None:
+    newest: dict[tuple, dict] = {}
+    for row in sorted(rows, key=lambda row: row["time"]):
+        key = (row["spec"], row["method"], row["model"], row["seed"])
+        newest[key] = row
+    expected: dict[tuple, list[dict]] = {}
+    for (spec, method, model, _), row in newest.items():
+        expected.setdefault((spec, method, model), []).append(row)
+    frames = [document.frame for document in measured_documents(rows)]
+    found = {(c["spec"], c["method"], c["model"]): c for frame in frames for c in frame.to_dict("records")}
+    assert found.keys() == expected.keys()
+    for key, cell in found.items():
+        values = [row["top1"] for row in expected[key] if row["status"] == "ok"]
+        assert (cell["n"], cell["failed"]) == (len(values), len(expected[key]) - len(values))
+        if values:
+            assert cell["top1"] == pytest.approx(statistics.fmean(values), abs=1e-4)
+            assert cell["gap_top1"] == pytest.approx(statistics.fmean(values) - 80.0, abs=1e-4)
+        if len(values) > 1:
+            assert cell["top1_std"] == pytest.approx(statistics.stdev(values), abs=1e-4)
 
 
 # Files
