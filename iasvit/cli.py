@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 from iasvit.errors import IasvitError
 
 GROUP = "iasvit.tasks"
+COMMANDS = "iasvit.commands"  # what needs models and data of tasks, and so is no part of the core
 BAD_INPUT, INTERRUPTED = 2, 130
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -123,6 +124,16 @@ def _leaderboard(
         readme = Path("README.md")
     for path in write_leaderboard(runs, published, out, readme):
         print(path)
+
+
+@_app.command(
+    "inspect", context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+)
+def _inspect(context: typer.Context) -> None:
+    """What each layer's quantizers are given, and what they make of it: iasvit inspect --help."""
+    (entry,) = entry_points(group=COMMANDS, name="inspect")
+    command = typer.main.get_command(entry.load())
+    command.main(args=context.args, prog_name="iasvit inspect", standalone_mode=True)
 
 
 if __name__ == "__main__":

@@ -27,8 +27,8 @@ _MARKERS = "osD^vPX*<>"
 
 
 @contextmanager
-def _figure(columns: int, title: str) -> Iterator[tuple[Figure, Sequence[Axes]]]:
-    """A row of axes that share their y axis; no window and no global state."""
+def _figure(columns: int, title: str, sharey: bool = True) -> Iterator[tuple[Figure, Sequence[Axes]]]:
+    """A row of axes; no window and no global state."""
     import matplotlib as mpl
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -37,7 +37,7 @@ def _figure(columns: int, title: str) -> Iterator[tuple[Figure, Sequence[Axes]]]
         figure = Figure(figsize=(1.2 + 2.5 * columns, 3.4), layout="constrained")
         FigureCanvasSVG(figure)
         figure.suptitle(title, fontsize=10)
-        yield figure, figure.subplots(1, columns, sharey=True, squeeze=False)[0]
+        yield figure, figure.subplots(1, columns, sharey=sharey, squeeze=False)[0]
 
 
 def _svg(figure: Figure, axes: Sequence[Axes]) -> str:
@@ -136,4 +136,27 @@ def layer_errors(errors: pd.DataFrame, title: str) -> str:
             ax.set_title(text, fontsize=9)
             ax.set_xlabel("quantized layer or product, and block, from input to output")
         axes[0].set_ylabel("relative squared error")
+        return _svg(figure, axes)
+
+
+def inspection(table: pd.DataFrame, title: str) -> str:
+    """Channel spread, attention's tail and error of each layer's operands, from input to output.
+
+    Args:
+        table: of `iasvit.inspection.quantizer_table`.
+        title: above all.
+    """
+    layers = table["layer"].drop_duplicates().tolist()
+    looks = _looks(sorted(table["operand"].unique()))
+    shown = {"spread": "channel range / median", "tail": "share below 2^-7", "error": "relative squared error of input"}
+    with _figure(len(shown), title, sharey=False) as (figure, axes):
+        figure.set_size_inches(13, 3.8)
+        for ax, (column, text) in zip(axes, shown.items(), strict=True):
+            for operand, part in table[table[column].notna()].groupby("operand", sort=True):
+                places = [layers.index(layer) for layer in part["layer"]]
+                ax.plot(places, part[column], linestyle="", markersize=4, label=operand, **looks[operand])
+            if column != "tail":
+                ax.set_yscale("log")
+            ax.set_title(text, fontsize=9)
+            ax.set_xlabel("layer, from input to output")
         return _svg(figure, axes)

@@ -153,9 +153,14 @@ def test_leaderboard_fills_readme_by_default(
     ResultStore("results/runs/reference").append(make_row())
     Path("README.md").write_text("<!-- table:fake-mini-w3a3 -->\n<!-- /table -->\n")
     assert status(monkeypatch, "leaderboard") == 0
-    assert capsys.readouterr().out.split() == [
-        *("results/leaderboard.md", "results/fake-mini-w3a3.md", "results/fake-mini-w3a3.csv", "README.md")
+    made = [
+        "leaderboard.md",
+        "index.html",
+        "plots/fake-mini-w3a3-seconds.svg",
+        "fake-mini-w3a3.md",
+        "fake-mini-w3a3.csv",
     ]
+    assert capsys.readouterr().out.split() == [*(f"results/{name}" for name in made), "README.md"]
     assert "**70.00**† (-10.00)" in Path("README.md").read_text()
 
 
