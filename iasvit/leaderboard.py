@@ -63,7 +63,7 @@ def write_leaderboard(
     Args:
         runs: folder of result files, read with all folders in it; of rows with equal keys the latest counts.
         published: CSV file of published values, columns PUBLISHED_COLUMNS.
-        out: folder for tables and plots; its mini_errors.csv, where it has one, is drawn too. Tables and plots of
+        out: folder for tables and plots; what tasks.mini measured into it is drawn too. Tables and plots of
             earlier calls that have no rows any more are removed.
         readme: file whose text between `<!-- table:NAME -->` and `<!-- /table -->` is replaced by that table; None for
             no such file.
@@ -76,7 +76,7 @@ def write_leaderboard(
         IasvitError: a file cannot be read or written, or the published values have a wrong or repeated line.
     """
     from iasvit.page import page
-    from iasvit.views import error_plots, page_values, plots
+    from iasvit.views import drawn_files, page_values, plots
 
     rows: list[Row] = []
     for path in sorted(runs.rglob("*.csv")):
@@ -85,7 +85,7 @@ def write_leaderboard(
         for problem in problems:
             report(problem)
     documents = [*measured_documents(rows), *published_documents(read_published(published))]
-    drawn = {f"plots/{name}": svg for name, svg in {**plots(documents), **error_plots(out / "mini_errors.csv")}.items()}
+    drawn = {f"plots/{name}": svg for name, svg in {**plots(documents), **drawn_files(out)}.items()}
     texts = {"leaderboard.md": _index(documents, drawn), "index.html": page(page_values(documents), drawn), **drawn}
     for document in documents:
         texts[f"{document.name}.md"] = document.markdown()

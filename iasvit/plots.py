@@ -43,7 +43,10 @@ def _figure(columns: int, title: str, sharey: bool = True) -> Iterator[tuple[Fig
 def _svg(figure: Figure, axes: Sequence[Axes]) -> str:
     """The figure with one legend for all its axes, below them."""
     handles = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(len(handles), 7), fontsize=8)
+    if handles:
+        figure.legend(
+            handles.values(), handles.keys(), loc="outside lower center", ncols=min(len(handles), 7), fontsize=8
+        )
     text = io.StringIO()
     figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n"
@@ -159,4 +162,27 @@ def inspection(table: pd.DataFrame, title: str) -> str:
                 ax.set_yscale("log")
             ax.set_title(text, fontsize=9)
             ax.set_xlabel("layer, from input to output")
+        return _svg(figure, axes)
+
+
+def loss_surface(losses: pd.DataFrame, title: str) -> str:
+    """Loss over the plane of two directions, an axis for each variant, all of one colour scale.
+
+    Args:
+        losses: columns variant, alpha, beta, loss (`python -m tasks.mini.surface`).
+        title: above all.
+    """
+    variants = losses["variant"].drop_duplicates().tolist()
+    levels = sorted({float(losses["loss"].quantile(q / 16)) for q in range(17)})
+    with _figure(len(variants), title) as (figure, axes):
+        figure.set_size_inches(1.2 + 3.2 * len(variants), 3.6)
+        for ax, variant in zip(axes, variants, strict=True):
+            grid = losses[losses["variant"] == variant].pivot(index="beta", columns="alpha", values="loss")
+            drawn = ax.contourf(
+                grid.columns, grid.index, grid, levels=sorted(set(levels)), cmap="viridis", extend="both"
+            )
+            ax.set_title(variant, fontsize=9)
+            ax.set_xlabel("α")
+        axes[0].set_ylabel("β")
+        figure.colorbar(drawn, ax=list(axes), label="mean squared error of the block's output")
         return _svg(figure, axes)

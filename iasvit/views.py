@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pandas as pd
@@ -11,7 +11,7 @@ import pandas as pd
 from iasvit.errors import IasvitError
 from iasvit.leaderboard import Document, kind_of, model_rank, slug
 from iasvit.page import Value
-from iasvit.plots import accuracy_by_bits, accuracy_by_seconds, layer_errors
+from iasvit.plots import accuracy_by_bits, accuracy_by_seconds, layer_errors, loss_surface
 from iasvit.results import primary_metrics
 
 
@@ -45,23 +45,29 @@ def plots(documents: Iterable[Document]) -> dict[str, str]:
     return drawn
 
 
-def error_plots(path: Path) -> dict[str, str]:
-    """File name → SVG: the error of each layer, for each model and spec of `python -m tasks.mini.errors`'s file.
+def drawn_files(folder: Path) -> dict[str, str]:
+    """File name → SVG: errors by layer and loss surfaces, from what `tasks.mini` measured into the folder.
 
     Raises:
-        IasvitError: the file is there, but is no such file.
+        IasvitError: a file is there, but not as its script writes it.
     """
+    return {
+        **_drawn(folder / "mini_errors.csv", "errors", "layer-errors", layer_errors, "error by layer"),
+        **_drawn(folder / "mini_surface.csv", "surface", "loss-surface", loss_surface, "loss around a block's weights"),
+    }
+
+
+def _drawn(path: Path, script: str, name: str, draw: Callable[[pd.DataFrame, str], str], text: str) -> dict[str, str]:
+    """A plot for each model and spec of the file; nothing where there is no file."""
     if not path.is_file():
         return {}
     try:
-        errors = pd.read_csv(path)
-        groups = errors.astype({"own": float, "streamed": float}).groupby(["model", "bits"], sort=True)
         return {
-            slug(f"layer-errors-{model}-{bits}") + ".svg": layer_errors(part, f"mini {model}, {bits}: error by layer")
-            for (model, bits), part in groups
+            slug(f"{name}-{model}-{bits}") + ".svg": draw(part, f"mini {model}, {bits}: {text}")
+            for (model, bits), part in pd.read_csv(path).groupby(["model", "bits"], sort=True)
         }
-    except (OSError, ValueError, KeyError) as error:
-        raise IasvitError(f"{path} is not of `python -m tasks.mini.errors`: {error}; make it again") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise IasvitError(f"{path} is not of `python -m tasks.mini.{script}`: {error}; make it again") from error
 
 
 def page_values(documents: Iterable[Document]) -> list[Value]:

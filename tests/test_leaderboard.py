@@ -418,4 +418,16 @@ def test_errors_by_layer_are_drawn_where_they_were_measured(tmp_path: Path) -> N
     drawn = plotted(tmp_path, "\n".join(["model,bits,method,images,layer,kind,own,streamed", *lines]))
     assert "mini deit_t, W3A3" in drawn["layer-errors-deit_t-w3a3.svg"]
     with pytest.raises(IasvitError, match=r"mini_errors\.csv is not of `python -m tasks\.mini\.errors`"):
-        plotted(tmp_path, "model,bits\n")
+        plotted(tmp_path, "model,bits\ndeit_t,W3A3\n")
+
+
+def test_a_loss_surface_is_drawn_where_it_was_measured(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    lines = [
+        f"deit_t,W3A3,5,{v},{a},{b},{a * a + b}" for v in ("direct", "stage 1") for a in (-1, 0, 1) for b in (0, 1)
+    ]
+    text = "\n".join(["model,bits,block,variant,alpha,beta,loss", *lines])
+    (tmp_path / "out" / "mini_surface.csv").write_text(text)
+    drawn = plotted(tmp_path)["loss-surface-deit_t-w3a3.svg"]
+    assert "direct" in drawn
+    assert "stage 1" in drawn
