@@ -14,8 +14,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from iasvit.calibration import ActivationStore, enabled
+from iasvit.calibration import Collector, Store, enabled, tensors
 from iasvit.errors import IasvitError
 from iasvit.models import Segment, segments
 from iasvit.nn import QuantConv2d, QuantLinear, QuantMatMul, quantizers_of
@@ -30,7 +31,8 @@ class Capture:
     Attributes:
         name: its path in the model.
         layer: the module.
-        inputs: what it reads: one tensor, or a product's left and right operand.
+        inputs: what it reads: one tensor, or a product's left and right operand. Where a Linear or Conv2d reads maps of
+            different sizes, they are rows (of a Conv2d: its patches), and so is the output.
         output: what it puts out.
         fisher: squared gradients of the log-likelihood, of output's shape; None where they were not asked for.
     """
@@ -63,7 +65,7 @@ def label_gradient(logits: Tensor, generator: torch.Generator) -> Tensor:
 
 @torch.no_grad()
 def captures(
-    model: nn.Module, images: ActivationStore, labels: torch.Generator | None, batch_size: int = 16
+    model: nn.Module, images: Store, labels: torch.Generator | None, batch_size: int = 16
 ) -> Iterator[list[Capture]]:
     """The captures of one segment (block, patch embedding, head …) after the other, each segment run once for them.
 
@@ -98,9 +100,7 @@ def captures(
             yield layers
 
 
-def _capture(
-    segment: Segment, inputs: ActivationStore, gradients: ActivationStore | None, batch_size: int
-) -> tuple[list[Capture], ActivationStore]:
+def _capture(segment: Segment, inputs: Store, gradients: Store | None, batch_size: int) -> tuple[list[Capture], Store]:
     """The segment's captures, and its outputs; or where the gradients at its outputs are given, those at its inputs."""
     names = {
         module: f"{prefix}.{name}".strip(".")
@@ -110,23 +110,26 @@ def _capture(
     }
     parts: dict[nn.Module, list[tuple[Tensor, ...]]] = {}  # layer → for each batch (*inputs, output, fisher or not)
     calls: list[tuple[nn.Module, tuple[Tensor, ...], Tensor]] = []
-    result = ActivationStore(inputs.memory_budget)
+    result, done = Collector(inputs), 0
     hooks = [m.register_forward_hook(lambda module, args, output: calls.append((module, args, output))) for m in names]
     try:
         for batch in inputs.batches(batch_size):
             calls.clear()
             fishers: list[tuple[Tensor, ...]]
             if gradients is None:
-                result.append(segment.run(batch))
+                result.append(segment.run(batch), batch)
                 fishers = [()] * len(calls)
             else:
+                leaves = [tensor.requires_grad_(True) for tensor in tensors(batch)]
                 with torch.enable_grad():
-                    outputs = segment.run(batch.requires_grad_(True))
-                    wanted = (batch, *(output for *_, output in calls))
-                    at_outputs = gradients.gather(range(len(result), len(result) + len(batch)))
-                    at_inputs, *at_layers = torch.autograd.grad(outputs, wanted, at_outputs)
-                result.append(at_inputs)
+                    outputs = tensors(segment.run(batch))
+                    wanted = (*leaves, *(output for *_, output in calls))
+                    at_outputs = tensors(gradients.gather(range(done, done + len(leaves[0]))))
+                    found = torch.autograd.grad(outputs, wanted, at_outputs)
+                at_inputs, at_layers = found[: len(leaves)], found[len(leaves) :]
+                result.append(at_inputs if isinstance(batch, tuple) else at_inputs[0])
                 fishers = [(gradient.square(),) for gradient in at_layers]
+                done += len(leaves[0])
             for (module, args, output), fisher in zip(calls, fishers, strict=True):
                 parts.setdefault(module, []).append((*(x.detach() for x in args), output.detach(), *fisher))
     finally:
@@ -136,9 +139,27 @@ def _capture(
     for module, name in names.items():
         if module not in parts:
             raise IasvitError(f"layer {name!r} was not reached by the calibration images; is it part of the forward?")
-        tensors = [torch.cat(batches) for batches in zip(*parts.pop(module), strict=True)]
-        fisher = None if gradients is None else tensors.pop()
-        if not torch.isfinite(tensors[-1]).all():
+        captured = _joined(module, parts.pop(module))
+        fisher = None if gradients is None else captured.pop()
+        if not torch.isfinite(captured[-1]).all():
             raise IasvitError(f"layer {name!r} puts out NaN or Inf for the calibration images; check the model")
-        layers.append(Capture(name, module, tuple(tensors[:-1]), tensors[-1], fisher))
-    return layers, result
+        layers.append(Capture(name, module, tuple(captured[:-1]), captured[-1], fisher))
+    return layers, result.store()
+
+
+def _joined(layer: Product, pieces: list[tuple[Tensor, ...]]) -> list[Tensor]:
+    """Input(s), output and Fisher of all calls of a layer, each joined; of maps of different sizes, as rows."""
+    if isinstance(layer, QuantMatMul) or len({x.shape[1:] for x, *_ in pieces}) == 1:
+        return [torch.cat(batches) for batches in zip(*pieces, strict=True)]
+    rows = []
+    for x, *outputs in pieces:
+        if isinstance(layer, QuantConv2d):
+            x = patches(layer, x)
+            outputs = [output.flatten(2).mT for output in outputs]
+        rows.append([tensor.flatten(0, -2) for tensor in (x, *outputs)])
+    return [torch.cat(batches) for batches in zip(*rows, strict=True)]
+
+
+def patches(layer: QuantConv2d, x: Tensor) -> Tensor:
+    """What each output position of a convolution reads: (B, C, H, W) → (B, positions, C·kernel)."""
+    return F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride).mT

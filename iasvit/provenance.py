@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import gc
 import hashlib
 import io
 import os
@@ -85,11 +86,12 @@ class PeakMemory:
     """The most memory used since it was made: on a GPU what torch allocated there, else the process's resident set.
 
     The resident set's high-water mark is reset through Linux's /proc; where that cannot be done, the process's peak
-    since its start is all there is.
+    since its start is all there is. What nothing refers to any more is freed first, so that it does not count.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        gc.collect()  # quantized models and their graphs refer to themselves, and would wait for Python's collector
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
             return

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from iasvit.calibration import ActivationStore, calibration_store
+from iasvit.calibration import ActivationStore, Store, calibration_store, tensors
 from iasvit.errors import IasvitError
 from iasvit.methods import Calibration
-from iasvit.models import Segment, segments
+from iasvit.models import Activation, Segment, segments
 from iasvit.progress import Progress
 from iasvit.quantizers import Quantizer
 
@@ -27,15 +27,15 @@ class SegmentJob:
         segment: of the quantized model.
         inputs_fp: inputs of the segment in the full-precision model.
         inputs_q: inputs of the segment in the quantized model, all segments before it being quantized.
-        targets: the full-precision segment's outputs for inputs_fp.
+        targets: the full-precision segment's outputs for inputs_fp; empty for a segment that is not reconstructed.
         bar: progress bar, to be moved as work is done.
     """
 
     index: int
     segment: Segment
-    inputs_fp: ActivationStore
-    inputs_q: ActivationStore
-    targets: ActivationStore
+    inputs_fp: Store
+    inputs_q: Store
+    targets: Store
     bar: tqdm
 
 
@@ -82,13 +82,17 @@ def stream(
             fits = [bool(segment.modules) for _, segment in chain]
             bar.update(steps * sum(fits[: done + 1]) // sum(fits))
         for index, (full, segment) in enumerate(chain):
-            targets = inputs_fp.map(full.run, batch_size, f"{full.name} (full precision)")
+            last = index + 1 == len(chain)
+            targets = outputs = ActivationStore()
+            if segment.reconstruct or not last:
+                outputs = inputs_fp.map(full.run, batch_size, f"{full.name} (full precision)")
+                targets = outputs if segment.reconstruct else targets
             if index > done and segment.modules:
                 fit(SegmentJob(index, segment, inputs_fp, inputs_q, targets, bar))
                 progress.save(index, quantized.state_dict())
-            if index + 1 < len(chain):
+            if not last:
                 inputs_q = inputs_q.map(segment.run, batch_size, segment.name)
-            inputs_fp = targets
+            inputs_fp = outputs
 
 
 def _load(state: dict[str, Tensor], quantized: nn.Module, progress: Progress) -> None:
@@ -109,10 +113,10 @@ def squared_error(output: Tensor, target: Tensor) -> Tensor:
 
 
 def optimize(
-    run: Callable[[Tensor], Tensor],
+    run: Callable[[Activation], Activation],
     parameters: Sequence[nn.Parameter],
-    inputs: ActivationStore,
-    targets: ActivationStore,
+    inputs: Store,
+    targets: Store,
     *,
     iterations: int,
     batch_size: int,
@@ -125,7 +129,8 @@ def optimize(
     Args:
         run: the segment's forward.
         parameters: what is learnt; they require gradients only meanwhile.
-        inputs, targets: of the same images.
+        inputs, targets: of the same images; no targets, nothing is learnt. Of tuples, the first tensor counts: it is
+            what the segment computes.
         iterations: steps, each on `batch_size` images drawn without replacement.
         generator: a CPU generator; the same state gives the same result.
         bar: moved by one a step.
@@ -134,6 +139,10 @@ def optimize(
         The last step's loss; nan where there were no steps.
     """
     if not parameters or iterations < 1:
+        return math.nan
+    if not len(targets):
+        if bar is not None:
+            bar.update(iterations)
         return math.nan
     step = _Step(run, parameters, inputs, targets, min(batch_size, len(inputs)))
     for parameter in parameters:
@@ -158,20 +167,20 @@ class _Step:
 
     def __init__(
         self,
-        run: Callable[[Tensor], Tensor],
+        run: Callable[[Activation], Activation],
         parameters: Sequence[nn.Parameter],
-        inputs: ActivationStore,
-        targets: ActivationStore,
+        inputs: Store,
+        targets: Store,
         batch_size: int,
     ) -> None:
-        self.run, self.inputs, self.targets = run, inputs, targets
+        self.run, self.inputs, self.targets = run, inputs, targets.leading
         device = parameters[0].device
         self.lr = torch.zeros((), device=device)  # a tensor, so that a replayed graph reads each step's value
         self.indices = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self.loss = torch.zeros((), device=device)
         on_gpu = device.type == "cuda"
         self.optimizer = torch.optim.Adam(parameters, lr=self.lr, foreach=on_gpu, capturable=on_gpu)
-        self.graph = torch.cuda.CUDAGraph() if on_gpu and inputs.resident and targets.resident else None
+        self.graph = torch.cuda.CUDAGraph() if on_gpu and inputs.resident and self.targets.resident else None
         self.stream = torch.cuda.Stream(device) if self.graph is not None else None
         self.count = 0
 
@@ -195,7 +204,8 @@ class _Step:
 
     def _eager(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
-        loss = squared_error(self.run(self.inputs.gather(self.indices)), self.targets.gather(self.indices))
+        output = tensors(self.run(self.inputs.gather(self.indices)))[0]
+        loss = squared_error(output, self.targets.gather(self.indices))
         loss.backward()
         self.optimizer.step()
         self.loss.copy_(loss.detach())

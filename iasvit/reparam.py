@@ -19,7 +19,8 @@ def reparameterize(pair: NormLinearPair) -> None:
         γ' = γ / r,  β' = (β + d) / r,  W' = W·diag(r),  c' = c - W·d,
 
     so that the pair computes what it did, and because z̃ is an integer the per-tensor quantizer (s̃, z̃) gives each
-    channel the very codes that its own quantizer gave: x' / s̃ + z̃ = x / s + z. A Linear without bias gains one.
+    channel the very codes that its own quantizer gave: x' / s̃ + z̃ = x / s + z. A Linear without bias gains one. Where
+    zeros fill up Swin's windows after the LayerNorm, they become (0 + d) / r too.
 
     Args:
         pair: its Linears' input quantizers are UniformQuantizers per channel, calibrated on the same activations. They
@@ -44,6 +45,8 @@ def reparameterize(pair: NormLinearPair) -> None:
     dtype = pair.norm.weight.dtype
     pair.norm.weight.copy_(pair.norm.weight / ratio.to(dtype))
     pair.norm.bias.copy_((pair.norm.bias + shift.to(dtype)) / ratio.to(dtype))
+    if pair.padding is not None:
+        pair.padding.copy_((pair.padding + shift.to(dtype)) / ratio.to(dtype))
     for linear in pair.linears:
         if linear.bias is None:
             linear.bias = nn.Parameter(linear.weight.new_zeros(linear.out_features), requires_grad=False)

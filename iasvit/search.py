@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from iasvit.calibration import calibration_store
 from iasvit.errors import IasvitError
-from iasvit.fisher import Capture, Product, captures
+from iasvit.fisher import Capture, Product, captures, patches
 from iasvit.methods import Calibration
 from iasvit.nn import QuantConv2d, QuantMatMul, quant_layers, quantizers_of
 from iasvit.progress import Progress
@@ -197,8 +197,9 @@ class _Operands:
             if isinstance(layer, QuantConv2d):
                 if layer.groups != 1 or layer.padding_mode != "zeros":
                     raise IasvitError(f"layer {capture.name!r} is a grouped or specially padded convolution")
-                left = F.unfold(left, layer.kernel_size, layer.dilation, layer.padding, layer.stride).mT
-                output, fisher = (None if x is None else x.flatten(2).mT for x in (output, fisher))
+                if left.ndim == 4:
+                    left = patches(layer, left)
+                    output, fisher = (None if x is None else x.flatten(2).mT for x in (output, fisher))
             left, output, fisher = (None if x is None else x.flatten(0, -2) for x in (left, output, fisher))
         if fisher is not None:
             order = fisher.flatten(1).sum(dim=1).argsort(descending=True, stable=True)

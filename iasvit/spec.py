@@ -10,14 +10,17 @@ from fnmatch import fnmatchcase
 from iasvit.errors import IasvitError
 
 MIN_BITS, MAX_BITS = 2, 8
+FULL_PRECISION = 32
 _BITS = re.compile(r"[Ww](\d+)[Aa](\d+)")
 
 
-def _parse_bits(text: str) -> tuple[int, int]:
+def _parse_bits(text: str, override: bool = False) -> tuple[int, int]:
     match = _BITS.fullmatch(text.strip())
     if match is None:
         raise IasvitError(f"bits {text!r} are not of the form W<weight bits>A<activation bits>, such as W3A3 or W4A8")
     w_bits, a_bits = int(match[1]), int(match[2])
+    if override and w_bits == a_bits == FULL_PRECISION:
+        return w_bits, a_bits
     for bits in (w_bits, a_bits):
         if not MIN_BITS <= bits <= MAX_BITS:
             raise IasvitError(f"bits {text!r} name {bits} bits, but {MIN_BITS} to {MAX_BITS} are supported")
@@ -30,7 +33,7 @@ class QuantSpec:
 
     Written "W3A3", or with overrides "W3A3,head=W8A8,blocks.0.*=W4A8"; a layer's name is its path in the model as
     `named_modules` prints it, globs are those of fnmatch, and the last override that matches wins. First and last
-    layers use the same bits as the rest unless an override says otherwise.
+    layers use the same bits as the rest unless an override says otherwise. A layer at W32A32 stays in full precision.
     """
 
     w_bits: int
@@ -53,7 +56,7 @@ class QuantSpec:
             glob, equals, bits = part.partition("=")
             if not equals or not glob.strip():
                 raise IasvitError(f"override {part!r} is not of the form <layer glob>=W<bits>A<bits>, as head=W8A8")
-            overrides.append((glob.strip(), *_parse_bits(bits)))
+            overrides.append((glob.strip(), *_parse_bits(bits, override=True)))
         return cls(w_bits, a_bits, tuple(overrides))
 
     def for_layer(self, name: str) -> tuple[int, int]:

@@ -1,7 +1,9 @@
 """Seconds and memory of quantization at full size: `python -m tasks.benchmark --backbone deit_small_patch16_224`.
 
-Full-size timm models with random weights on random images: how long a method takes does not depend on the values. Each
-phase is timed to its end on the device. Rows go to a CSV file, with the machine and the versions.
+Full-size timm models and mmdet detectors with random weights on random images: how long a method takes does not depend
+on the values. Each phase is timed to its end on the device. Rows go to a CSV file, with the machine and the versions.
+
+    python -m tasks.benchmark --detector mask_rcnn_swin_t --calib-size 1 --iterations 1 --batch-size 1
 """
 
 from __future__ import annotations
@@ -10,22 +12,62 @@ import contextlib
 import csv
 import platform
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import timm
 import torch
 import typer
-from torch import nn
+from torch import Tensor, nn
 
 import iasvit
 from iasvit.cli import main
+from iasvit.errors import IasvitError
 from iasvit.methods import method_options
 from iasvit.progress import Progress
 from iasvit.provenance import PeakMemory
 
 app = typer.Typer(add_completion=False)
 PHASES = ("capture", "calibration", "reparameterization", "reconstruction")
+
+
+DETECTOR_IMAGE = (3, 800, 1216)  # mmdet's test images of COCO, padded, are about so large
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is measured.
+
+    Attributes:
+        model: full size, random weights, eval(), on its device.
+        images: calibration images as `iasvit.quantize` takes them.
+        batch: images (B, 3, H, W) whose evaluation is timed.
+        forward: evaluation of a model, quantized or not, on such a batch.
+    """
+
+    model: nn.Module
+    images: Tensor | Sequence[Tensor]
+    batch: Tensor
+    forward: Callable[[nn.Module, Tensor], Any]
+
+
+def classifier(name: str, calib_size: int, batch_size: int, device: torch.device) -> Subject:
+    """A timm model on images of its own size."""
+    model = timm.create_model(name).eval().to(device)
+    images = torch.randn(calib_size, *model.pretrained_cfg["input_size"], device=device)
+    return Subject(model, images, images[:batch_size], lambda network, batch: network(batch))
+
+
+def detector_of_coco(name: str, calib_size: int, device: torch.device) -> Subject:
+    """A detector of the COCO task, from its images to boxes and masks; one image a batch, as it is evaluated."""
+    from tasks.coco import predict_images
+    from tasks.coco_models import PublishedDetectors
+
+    model = PublishedDetectors(pretrained=False).load(name).to(device)
+    images = [torch.randn(1, *DETECTOR_IMAGE, device=device) for _ in range(calib_size)]
+    return Subject(model, images, images[0], predict_images)
 
 
 def device_name(device: torch.device) -> str:
@@ -36,15 +78,15 @@ def device_name(device: torch.device) -> str:
 
 
 @torch.inference_mode()
-def images_per_second(model: nn.Module, images: torch.Tensor, repeats: int) -> float:
-    """Forward passes of one batch: images (B, 3, H, W), after a warm-up pass."""
-    model(images)
-    synchronize(images.device)
+def images_per_second(model: nn.Module, subject: Subject, repeats: int) -> float:
+    """Evaluations of one batch, after one to warm up."""
+    subject.forward(model, subject.batch)
+    synchronize(subject.batch.device)
     start = time.perf_counter()
     for _ in range(repeats):
-        model(images)
-    synchronize(images.device)
-    return repeats * len(images) / (time.perf_counter() - start)
+        subject.forward(model, subject.batch)
+    synchronize(subject.batch.device)
+    return repeats * len(subject.batch) / (time.perf_counter() - start)
 
 
 def synchronize(device: torch.device) -> None:
@@ -55,7 +97,8 @@ def synchronize(device: torch.device) -> None:
 
 @app.command()
 def benchmark(
-    backbone: Annotated[list[str], typer.Option(help="timm model, repeatable")],
+    backbone: Annotated[list[str] | None, typer.Option(help="timm model, repeatable")] = None,
+    detector: Annotated[list[str] | None, typer.Option(help="as mask_rcnn_swin_s, repeatable")] = None,
     method: Annotated[list[str], typer.Option(help="repeatable")] = ["ias_vit"],  # noqa: B006
     bits: str = "W3A3",
     calib_size: int = 1024,
@@ -69,12 +112,15 @@ def benchmark(
     """Time calibration, reconstruction and evaluation of full-size models."""
     where = torch.device(device)
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
-    for name in backbone:
+    if not backbone and not detector:
+        raise IasvitError("nothing to measure; name a timm model by --backbone, or a detector by --detector")
+    for name in [*(backbone or []), *(detector or [])]:
         torch.manual_seed(0)
-        model = timm.create_model(name).eval().to(where)
-        size = model.pretrained_cfg["input_size"]
-        images = torch.randn(calib_size, *size, device=where)
-        full = images_per_second(model, images[:batch_size], repeats)
+        if name in (backbone or []):
+            subject = classifier(name, calib_size, batch_size, where)
+        else:
+            subject = detector_of_coco(name, calib_size, where)
+        full = images_per_second(subject.model, subject, repeats)
         for method_name in method:
             known = set(method_options(method_name))
             options = {"iterations": iterations, "batch_size": batch_size}
@@ -82,12 +128,13 @@ def benchmark(
             memory = PeakMemory(where)
             progress = Progress(f"{name} {method_name}", quiet=False)
             start = time.perf_counter()
-            quantized = iasvit.quantize(model, images, bits, method_name, progress=progress, **options)
+            quantized = iasvit.quantize(subject.model, subject.images, bits, method_name, progress=progress, **options)
             synchronize(where)
             seconds = time.perf_counter() - start
             peak = memory.mib()
             row = {
-                "backbone": name,
+                "model": name,
+                "image": "x".join(str(side) for side in subject.batch.shape[1:]),
                 "method": method_name,
                 "bits": bits,
                 "calib_size": calib_size,
@@ -96,8 +143,8 @@ def benchmark(
                 **{f"{phase}_seconds": round(progress.seconds.get(phase, 0.0), 2) for phase in PHASES},
                 "total_seconds": round(seconds, 2),
                 "peak_memory_MiB": round(peak, 1),
-                "fp32_images_per_second": round(full, 1),
-                "quantized_images_per_second": round(images_per_second(quantized, images[:batch_size], repeats), 1),
+                "fp32_images_per_second": round(full, 3),
+                "quantized_images_per_second": round(images_per_second(quantized, subject, repeats), 3),
                 "device": device_name(where),
                 "versions": f"python {platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}",
             }

@@ -7,7 +7,7 @@ task on timm's models. See --help.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -19,17 +19,16 @@ from torch import Tensor, nn
 
 from iasvit.cli import main, make_app
 from iasvit.errors import IasvitError
-from iasvit.harness import Cell, estimate, exit_status, format_estimates, run_cells
+from iasvit.harness import estimate, exit_status, format_estimates, run_cells
 from iasvit.leaderboard import table
-from iasvit.methods import get_method, list_methods, method_options
-from iasvit.models import Site, insert_quantizers
+from iasvit.methods import list_methods
 from iasvit.progress import Progress
-from iasvit.quantizers import UniformQuantizer
 from iasvit.results import ResultStore
 from iasvit.spec import QuantSpec
 from tasks.imagenet_data import FolderImages, ImagenetteImages, Images, MiniImages
 from tasks.imagenet_models import MiniModels, Models, TimmModels
 from tasks.metrics import CLASSIFICATION_METRICS, Predictions, classification_scores
+from tasks.options import at_least, check_models, make_cells, make_device, unique
 
 DATA_ROOT = "IASVIT_IMAGENET"
 T = TypeVar("T")
@@ -194,79 +193,6 @@ def make_task(
     return ImageNetTask(data.value, images, models, device)
 
 
-def make_cells(
-    backbones: Sequence[str],
-    specs: Sequence[QuantSpec],
-    methods: Sequence[str],
-    seeds: Sequence[int],
-    calib_size: int,
-    profile: Profile,
-    given: dict[str, Any],
-) -> list[Cell]:
-    """All combinations, each with the options that its method takes: those given, else the profile's.
-
-    Raises:
-        IasvitError: an unknown method, or an option given that none of the methods takes.
-    """
-    takes = {method: method_options(method) for method in methods}
-    for option in given:
-        if not any(option in options for options in takes.values()):
-            raise IasvitError(f"--{option.replace('_', '-')} is no option of {', '.join(methods)}")
-    cells = []
-    for backbone in backbones:
-        for spec in specs:
-            for method in methods:
-                options = {k: v for k, v in {**profile.options(spec), **given}.items() if k in takes[method]}
-                get_method(method, **options)  # says what is wrong with a value before anything runs
-                for seed in seeds:
-                    cells.append(Cell(backbone, method, str(spec), seed, calib_size, tuple(sorted(options.items()))))
-    return cells
-
-
-def check_models(models: Models, backbones: Sequence[str], specs: Sequence[QuantSpec]) -> None:
-    """Find out before anything runs what would stop a backbone: name, weights file, module, or an override of bits.
-
-    Raises:
-        IasvitError: with the fault.
-    """
-
-    def quantizer(site: Site) -> UniformQuantizer:
-        return UniformQuantizer(site.n_bits)
-
-    for name in backbones:
-        models.check(name)
-        for spec in specs:
-            try:
-                insert_quantizers(models.architecture(name), spec, quantizer, quantizer)
-            except IasvitError as error:
-                raise IasvitError(f"backbone {name!r} cannot be quantized to {spec}: {error}") from None
-
-
-def make_device(name: str | None) -> torch.device:
-    """The device of that name; by default cuda where there is one, else cpu.
-
-    Raises:
-        IasvitError: there is no such device here.
-    """
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise IasvitError(f"--device {name} cannot be used here ({reason}); cpu can") from None
-    return device
-
-
-def _unique(values: Sequence[T]) -> list[T]:
-    return list(dict.fromkeys(values))
-
-
-def _at_least(option: str, value: float | None, least: int) -> None:
-    if value is not None and value < least:
-        raise IasvitError(f"{option} is {value}, but {least} or more is expected")
-
-
 app = make_app()
 
 
@@ -331,14 +257,14 @@ def imagenet(
         ("--iterations", iterations, 0),
         ("--seed", min(seed), 0),
     ):
-        _at_least(option, value, least)
+        at_least(option, value, least)
     given = {"iterations": iterations, "batch_size": batch_size, "lr": lr}
-    backbones, specs = _unique(backbone or profile.backbones), _unique([QuantSpec.parse(text) for text in bits])
+    backbones, specs = unique(backbone or profile.backbones), unique([QuantSpec.parse(text) for text in bits])
     cells = make_cells(
         backbones,
         specs,
-        _unique(method or list_methods()),
-        _unique(seed),
+        unique(method or list_methods()),
+        unique(seed),
         calib_size or profile.calib_size,
         profile,
         {name: value for name, value in given.items() if value is not None},

@@ -147,6 +147,14 @@ def test_the_default_budget_is_part_of_the_memory() -> None:
     assert 2**20 < default_memory_budget() <= total // 8
 
 
+def test_the_budget_can_be_set_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IASVIT_STORE_MIB", "3")
+    assert default_memory_budget() == ActivationStore().memory_budget == 3 * 2**20
+    monkeypatch.setenv("IASVIT_STORE_MIB", "3.5 GB")
+    with pytest.raises(IasvitError, match=r"^IASVIT_STORE_MIB is '3.5 GB', but must be a whole number of MiB$"):
+        default_memory_budget()
+
+
 # ---- calibration images --------------------------------------------------------------------------------------------
 
 

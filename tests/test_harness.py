@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import harness_fakes
@@ -397,6 +399,23 @@ def test_peak_memory_is_of_the_work_and_not_of_the_process() -> None:
     del big
     assert memory.mib() > high - 50
     assert provenance.PeakMemory(torch.device("cpu")).mib() < high - 200
+
+
+def test_peak_memory_leaves_out_what_only_awaits_the_collector() -> None:
+    class Loop:
+        pass
+
+    loop = Loop()
+    loop.itself = loop
+    gone = weakref.ref(loop)
+    gc.disable()
+    try:
+        del loop
+        assert gone() is not None
+        provenance.PeakMemory(torch.device("cpu"))
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_a_command_names_no_absolute_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

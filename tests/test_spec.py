@@ -45,6 +45,8 @@ def test_a_spec_written_and_read_is_the_same(w_bits: int, a_bits: int, overrides
         ("W3A3,=W8A8", "'=W8A8'"),
         ("W3A3,head=8", "'8'"),
         ("W3A3,head=W8A16", "16 bits"),
+        ("W3A3,head=W32A8", "32 bits"),
+        ("W3A3,head=W4A32", "32 bits"),
     ],
 )
 def test_what_is_no_spec_is_named(text: str, named: str) -> None:
@@ -61,6 +63,14 @@ def test_overrides_match_globs_and_the_last_one_wins() -> None:
     assert spec.for_layer("blocks.10.attn.qkv") == (8, 8)
     assert spec.for_layer("Blocks.1.attn.qkv") == (3, 4)  # names are case-sensitive on every system
     assert QuantSpec.parse("W3A3,head=W8A8,*=W4A4").for_layer("head") == (4, 4)
+
+
+def test_a_layer_may_stay_in_full_precision() -> None:
+    spec = QuantSpec.parse("W3A3,head=w32a32")
+    assert spec.for_layer("head") == (32, 32)
+    assert str(spec) == "W3A3,head=W32A32"
+    assert QuantSpec.parse(str(spec)) == spec
+    assert spec.hash != QuantSpec.parse("W3A3,head=W8A8").hash
 
 
 def test_an_override_that_matches_nothing_is_named() -> None:

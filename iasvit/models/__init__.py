@@ -3,10 +3,11 @@
 A method sees what an adapter returns (`Segment`, `NormLinearPair`, `Site`), never a class of timm or mmdet.
 """
 
-from iasvit.models.base import NormLinearPair, Segment, Site, find_pairs, insert_quantizers
+from iasvit.models.base import Activation, NormLinearPair, Segment, Site, find_pairs, insert_quantizers
 from iasvit.models.registry import adapter_for, build, describe, segments
 
 __all__ = [
+    "Activation",
     "NormLinearPair",
     "Segment",
     "Site",

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from iasvit.errors import IasvitError
 from iasvit.nn import QuantConv2d, QuantLayer, QuantLinear
 from iasvit.quantizers import Quantizer
-from iasvit.spec import QuantSpec
+from iasvit.spec import FULL_PRECISION, QuantSpec
+
+Activation = Tensor | tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -36,11 +38,20 @@ class Site:
 
 @dataclass(frozen=True)
 class NormLinearPair:
-    """A LayerNorm and the Linears that alone read its output: what scale reparameterization works on."""
+    """A LayerNorm and the Linears that alone read its output: what scale reparameterization works on.
+
+    Attributes:
+        name: path of the LayerNorm.
+        norm: the LayerNorm.
+        linears: the Linears.
+        padding: what the Linears read, beside the LayerNorm's output, where windows are filled up: a value for each
+            channel, 0 before reparameterization. None where nothing is filled up.
+    """
 
     name: str
     norm: nn.LayerNorm
     linears: tuple[QuantLinear, ...]
+    padding: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -49,14 +60,18 @@ class Segment:
 
     Attributes:
         name: path of the block or layer, or what the segment does.
-        run: input activations → output activations, both with the batch first.
+        run: input activations → output activations, each with the batch first. Activations are a tensor, or where
+            later segments read earlier outputs too, a tuple of tensors; a segment computes the first and hands on
+            others, as the same objects.
         modules: name → the modules whose quantized layers belong to the segment; empty where there is nothing to
             quantize between two blocks.
+        reconstruct: whether the segment's layers are learnt; else they are calibrated and rounded only.
     """
 
     name: str
-    run: Callable[[Tensor], Tensor]
+    run: Callable[[Activation], Activation]
     modules: tuple[tuple[str, nn.Module], ...]
+    reconstruct: bool = True
 
     def layers(self) -> list[QuantLayer]:
         """The quantized Linear and Conv2d layers of this segment."""
@@ -88,9 +103,15 @@ class Inserter:
         self.weight = weight
         self.activation = activation
         self.names: list[str] = []
+        self.left: set[str] = set()  # layers that the spec leaves in full precision
 
     def layer(self, root: nn.Module, name: str, role: str | None, groups: int = 1) -> None:
         """Replace the Linear or Conv2d at path `name` by its quantized form; role None leaves its input alone."""
+        self.names.append(name)
+        w_bits, a_bits = self.spec.for_layer(name)
+        if w_bits == FULL_PRECISION:
+            self.left.add(name)
+            return
         parent_name, _, attribute = name.rpartition(".")
         parent = root.get_submodule(parent_name)
         module = getattr(parent, attribute)
@@ -99,16 +120,16 @@ class Inserter:
             raise IasvitError(
                 f"module {name!r} is a {type(module).__name__}; a plain Linear or Conv2d can be quantized"
             )
-        w_bits, a_bits = self.spec.for_layer(name)
         weight_quantizer = self.weight(Site(name, "weight", w_bits, module, groups))
         input_quantizer = None if role is None else self.activation(Site(name, role, a_bits, module))
         setattr(parent, attribute, kinds[type(module)].from_float(module, weight_quantizer, input_quantizer))
-        self.names.append(name)
 
     def product(self, name: str, left_role: str, right_role: str) -> tuple[Quantizer, Quantizer]:
         """The two quantizers of the matrix product at path `name`."""
-        _, a_bits = self.spec.for_layer(name)
         self.names.append(name)
+        _, a_bits = self.spec.for_layer(name)
+        if a_bits == FULL_PRECISION:
+            raise IasvitError(f"product {name!r} cannot stay in full precision; W32A32 is for Linear and Conv2d layers")
         return self.activation(Site(name, left_role, a_bits)), self.activation(Site(name, right_role, a_bits))
 
 
@@ -135,13 +156,30 @@ def insert_quantizers(
     adapter_for(model).insert(model, inserter)
     spec.check_overrides(inserter.names)
     for name, module in model.named_modules():
+        if name in inserter.left:
+            continue
         if isinstance(module, (nn.Linear, nn.Conv2d)) and not isinstance(module, (QuantLinear, QuantConv2d)):
             raise IasvitError(f"module {name!r} ({type(module).__name__}) is in no place that the adapter quantizes")
     return model
 
 
 def find_pairs(model: nn.Module, under: str = "") -> list[NormLinearPair]:
-    """The LayerNorm→Linear pairs of a quantizable model, of those the ones whose name starts with `under`."""
+    """The LayerNorm→Linear pairs of a quantizable model, of those the ones whose name starts with `under`.
+
+    A LayerNorm whose Linears the spec leaves in full precision makes no pair.
+
+    Raises:
+        IasvitError: the spec leaves some of a LayerNorm's Linears in full precision, and not all.
+    """
     from iasvit.models.registry import adapter_for
 
-    return [pair for pair in adapter_for(model).pairs(model) if f"{pair.name}.".startswith(under)]
+    result = []
+    for pair in adapter_for(model).pairs(model):
+        quantized = [isinstance(linear, QuantLinear) for linear in pair.linears]
+        if any(quantized) != all(quantized):
+            raise IasvitError(
+                f"of the layers that read {pair.name!r} some are quantized and some not; treat them alike"
+            )
+        if all(quantized) and f"{pair.name}.".startswith(under):
+            result.append(pair)
+    return result

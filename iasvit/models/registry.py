@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any, Protocol
 
 from torch import nn
@@ -34,6 +35,8 @@ class Adapter(Protocol):
 
 
 ADAPTERS: tuple[Adapter, ...] = (ViTAdapter(), SwinAdapter())
+# Adapters of models whose package is optional: its name → module and class, imported when such a model comes.
+_OPTIONAL = {"mmdet": ("iasvit.models.mmdet_detector", "DetectorAdapter")}
 
 
 def adapter_for(model: nn.Module) -> Adapter:
@@ -42,11 +45,23 @@ def adapter_for(model: nn.Module) -> Adapter:
     Raises:
         IasvitError: no adapter knows its class; the message says which are known.
     """
-    for adapter in ADAPTERS:
+    packages = {cls.__module__.partition(".")[0] for cls in type(model).__mro__}
+    for adapter in (*ADAPTERS, *(_optional(package) for package in _OPTIONAL if package in packages)):
         if isinstance(model, adapter.model_class):
             return adapter
     known = ", ".join(adapter.model_class.__name__ for adapter in ADAPTERS)
-    raise IasvitError(f"model {type(model).__name__} has no supported attention; supported are timm's {known}")
+    raise IasvitError(
+        f"model {type(model).__name__} has no supported attention; supported are timm's {known} and mmdet's two-stage "
+        "detectors with a Swin backbone"
+    )
+
+
+def _optional(package: str) -> Adapter:
+    module, name = _OPTIONAL[package]
+    try:
+        return getattr(import_module(module), name)()
+    except ImportError as error:
+        raise IasvitError(f"{package} cannot be imported: {error}") from error
 
 
 def segments(model: nn.Module) -> list[Segment]:
@@ -70,4 +85,7 @@ def build(description: dict[str, Any]) -> nn.Module:
     for adapter in ADAPTERS:
         if type(adapter).__name__ == name:
             return adapter.build(arguments).eval()
+    for package, (_, adapter_name) in _OPTIONAL.items():
+        if adapter_name == name:
+            return _optional(package).build(arguments).eval()
     raise IasvitError(f"the file's architecture {name!r} is not known to this version of iasvit")

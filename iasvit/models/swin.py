@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+import torch
 from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, WindowAttention
-from torch import nn
+from torch import Tensor, nn
 
 from iasvit.models.base import Inserter, NormLinearPair, Segment
 from iasvit.models.vit import block_pairs, check_block, insert_block, mlp_ratio, set_eps
@@ -28,6 +30,10 @@ class SwinAdapter:
                 masked = module.attn_mask is not None or (dynamic and any(module.shift_size))
                 absent = () if masked else ("mask",)
                 insert_block(model, module, prefix, inserter, SwinTransformerBlock, WindowAttention, absent)
+                sizes = zip(module.input_resolution, module.window_size, strict=True)
+                if dynamic or any(side % window for side, window in sizes):
+                    module.__class__ = _FilledWindows
+                    module.register_buffer("padding", torch.zeros_like(module.norm1.bias))
         if isinstance(model.head.fc, nn.Linear):
             inserter.layer(model, "head.fc", "input")
 
@@ -38,7 +44,8 @@ class SwinAdapter:
             if prefix.endswith("downsample"):
                 result.append(NormLinearPair(f"{prefix}.norm", module.norm, (module.reduction,)))
             else:
-                result += block_pairs(module, prefix)
+                attention, mlp = block_pairs(module, prefix)
+                result += [replace(attention, padding=getattr(module, "padding", None)), mlp]
         return result
 
     def segments(self, model: SwinTransformer) -> list[Segment]:
@@ -94,6 +101,24 @@ class SwinAdapter:
             stage.set_input_size(tuple(sizes["feat_size"]), tuple(sizes["window_size"]), sizes["always_partition"])
         set_eps(model, eps)
         return model
+
+
+class _FilledWindows(SwinTransformerBlock):
+    """timm's block with `padding` (C,), not 0, where it fills up windows at the right and the bottom.
+
+    What it fills up stands beside the outputs of a LayerNorm, and reparameterization changes both.
+    """
+
+    def _attn(self, x: Tensor) -> Tensor:
+        (height, width), shift = x.shape[1:3], self.shift_size
+        bottom, right = -height % self.window_size[0], -width % self.window_size[1]
+        if not bottom and not right:
+            return super()._attn(x)
+        # timm shifts and then fills up, so what is filled here has to be where it will be after the shift.
+        filled = self.padding.expand(len(x), height + bottom, width + right, -1).clone()
+        filled[:, :height, :width] = x.roll((-shift[0], -shift[1]), dims=(1, 2))
+        output = super()._attn(filled.roll(shift, dims=(1, 2))).roll((-shift[0], -shift[1]), dims=(1, 2))
+        return output[:, :height, :width].roll(shift, dims=(1, 2))
 
 
 def _links(model: SwinTransformer) -> list[tuple[str, nn.Module]]:

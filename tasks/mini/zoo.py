@@ -135,17 +135,16 @@ def save(model: nn.Module, path: Path, metadata: dict[str, Any]) -> None:
 
 
 def checkpoint_path(name: str, folder: Path | None = None) -> Path:
-    """Where the checkpoint of that backbone lies, there or not."""
+    """Where the checkpoint of that backbone or detector lies, there or not."""
     return (folder or CHECKPOINTS) / f"{name}.safetensors"
 
 
 def read_metadata(name: str, folder: Path | None = None) -> dict[str, Any]:
-    """What train.py wrote into the checkpoint: accuracy, steps, seed, recipe.
+    """What the training script wrote into a backbone's or detector's checkpoint: accuracy, steps, seed, recipe.
 
     Raises:
-        IasvitError: as `load`.
+        IasvitError: there is no checkpoint of that name, or it is none.
     """
-    _backbone(name)
     return json.loads(_read(checkpoint_path(name, folder))[1].get("training", "{}"))
 
 

@@ -10,9 +10,11 @@ import torch
 from timm.layers import GluMlp
 from torch import nn
 
+from iasvit.calibration import calibrate_inputs
 from iasvit.errors import IasvitError
 from iasvit.models import Site, build, describe, find_pairs, insert_quantizers, segments
 from iasvit.quantizers import Quantizer, UniformQuantizer
+from iasvit.reparam import reparameterize
 from iasvit.spec import QuantSpec
 
 VARIANTS: dict[str, tuple[dict[str, object], tuple[int, int]]] = {
@@ -53,6 +55,21 @@ def test_inserted_quantizers_that_are_off_change_nothing(case: tuple[nn.Module, 
     quantized = tiny_models.switch(tiny_models.quantizable(model), False)
     torch.testing.assert_close(quantized(x), expected, atol=1e-5, rtol=1e-5)
     assert torch.equal(run_chain(quantized, x), quantized(x))
+
+
+@torch.no_grad()
+def test_reparameterization_is_exact(case: tuple[nn.Module, torch.Tensor]) -> None:
+    model, x = case
+    model, x = model.double(), x.double()
+    expected = model(x)
+    quantized = tiny_models.switch(tiny_models.quantizable(model), False)
+    pairs = find_pairs(quantized)
+    quantizers = [(pair.name, pair.linears[0].input_quantizer) for pair in pairs]
+    calibrate_inputs(quantizers, lambda: quantized(x))
+    tiny_models.switch(quantized, False)
+    for pair in pairs:
+        reparameterize(pair)
+    torch.testing.assert_close(quantized(x), expected, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()

@@ -475,8 +475,8 @@ def test_cells_are_all_combinations_with_the_options_that_their_method_takes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     known = {"ias_vit": ["seed", "iterations", "batch_size", "lr"], "repq_vit": ["seed"]}
-    monkeypatch.setattr("tasks.imagenet.method_options", lambda name: known[name])
-    monkeypatch.setattr("tasks.imagenet.get_method", lambda name, **options: None)
+    monkeypatch.setattr("tasks.options.method_options", lambda name: known[name])
+    monkeypatch.setattr("tasks.options.get_method", lambda name, **options: None)
     specs = [QuantSpec.parse("W3A3"), QuantSpec.parse("W6A6")]
     cells = make_cells(["vit_s", "deit_s"], specs, list(known), [0, 1], 32, PAPER, {"lr": 1e-3})
     assert len(set(cells)) == len(cells) == 16

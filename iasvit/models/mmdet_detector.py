@@ -1,0 +1,277 @@
+"""Adapter for mmdet's two-stage detectors with a Swin backbone: Mask R-CNN, Cascade Mask R-CNN and their like.
+
+Imported when such a detector comes, for mmdet is optional.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from mmcv.cnn.bricks.transformer import FFN
+from mmcv.cnn.bricks.wrappers import Conv2d, Linear
+from mmdet.models.backbones.swin import ShiftWindowMSA, SwinBlock, SwinTransformer, WindowMSA
+from mmdet.models.detectors import TwoStageDetector
+from mmdet.models.layers import PatchEmbed, PatchMerging
+from mmengine.config import ConfigDict
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from iasvit.errors import IasvitError
+from iasvit.models.attention import explicit_attention
+from iasvit.models.base import Inserter, NormLinearPair, Segment
+from iasvit.models.mmdet_heads import check_heads, flat, label_scores, require, run_heads
+from iasvit.nn import QuantMatMul
+
+HEADS = ("neck", "rpn_head", "roi_head")
+# The mask head's deconvolution and normalization stay in floating point.
+_FLOAT = (nn.ConvTranspose2d, nn.LayerNorm, nn.GroupNorm, _BatchNorm)
+
+
+class DetectorAdapter:
+    """Two-stage detectors of mmdet with its SwinTransformer, an RPNHead and a standard or cascaded RoI head.
+
+    The blocks of the backbone are segments of their own. Neck and heads are the last segment, which is calibrated and
+    not reconstructed. Activations between segments are maps (B, H, W, C), and behind the current one the outputs of
+    the stages so far, which the neck reads.
+
+    What the last segment puts out is not what the detector answers, but a table of scores whose rows `iasvit.fisher`
+    takes for logits; see `mmdet_heads.label_scores`.
+    """
+
+    model_class = TwoStageDetector
+
+    def insert(self, model: TwoStageDetector, inserter: Inserter) -> None:
+        """See `insert_quantizers`. The detector then answers a tensor of images alone, as `run_heads` does."""
+        _check(model)
+        _simplify(model)
+        inserter.layer(model, "backbone.patch_embed.projection", None)
+        for prefix, module in _links(model.backbone):
+            if prefix.endswith("downsample"):
+                inserter.layer(model, f"{prefix}.reduction", "norm" if module.norm is not None else "input")
+            else:
+                _insert_block(model, module, prefix, inserter)
+        for name in _head_layers(model):
+            inserter.layer(model, name, "input")
+        model.__class__ = _answering(type(model))
+
+    def pairs(self, model: TwoStageDetector) -> list[NormLinearPair]:
+        """norm1→qkv and norm2→the first layer of the FFN of every block, and norm→reduction of every patch merging."""
+        result = []
+        for prefix, module in _links(model.backbone):
+            if not prefix.endswith("downsample"):
+                qkv, padding = module.attn.w_msa.qkv, module.attn.padding
+                result.append(NormLinearPair(f"{prefix}.norm1", module.norm1, (qkv,), padding))
+                result.append(NormLinearPair(f"{prefix}.norm2", module.norm2, (module.ffn.layers[0][0],)))
+            elif module.norm is not None:
+                result.append(NormLinearPair(f"{prefix}.norm", module.norm, (module.reduction,)))
+        return result
+
+    def segments(self, model: TwoStageDetector) -> list[Segment]:
+        """Patch embedding; each block and patch merging; neck and heads."""
+        _check(model)
+        backbone, embed = model.backbone, "backbone.patch_embed"
+        heads = tuple((name, getattr(model, name)) for name in HEADS)
+        return [
+            Segment(embed, _embedding(backbone), ((embed, backbone.patch_embed),)),
+            *(Segment(name, _run(backbone, name, module), ((name, module),)) for name, module in _links(backbone)),
+            Segment("heads", _scores(model), heads, reconstruct=False),
+        ]
+
+    def describe(self, model: TwoStageDetector) -> dict[str, Any]:
+        """The detector's configuration, where it has one: mmdet keeps it in its attribute `cfg`."""
+        _check(model)
+        config = getattr(model, "cfg", None)
+        unit = 8 * model.backbone.patch_embed.projection.stride[0]
+        return {
+            "class": type(model).__name__,
+            "config": None if config is None else ConfigDict(config.get("model", config)).to_dict(),
+            "in_chans": model.backbone.patch_embed.projection.in_channels,
+            "img_size": [4 * unit, 5 * unit],  # any will do
+        }
+
+    def build(self, description: dict[str, Any]) -> TwoStageDetector:
+        """A detector of random weights from what `describe` returned.
+
+        Raises:
+            IasvitError: the detector described had no configuration.
+        """
+        if description["config"] is None:
+            raise IasvitError(
+                "a detector is rebuilt from its attribute cfg, but this one had none when it was quantized"
+            )
+        from mmdet.registry import MODELS
+        from mmdet.utils import register_all_modules
+
+        register_all_modules(init_default_scope=True)
+        config = ConfigDict(description["config"])
+        config.backbone.pop("init_cfg", None)  # a download
+        return MODELS.build(config)
+
+
+# ---- structure -------------------------------------------------------------------------------------------------------
+
+
+def _check(model: TwoStageDetector) -> None:
+    """Raise IasvitError where the backbone or a head is of a class that is not supported."""
+    require(type(model.backbone) is SwinTransformer, "backbone", model.backbone, "mmdet's SwinTransformer")
+    require(model.with_neck, "neck", getattr(model, "neck", None), "a neck such as FPN")
+    embed = model.backbone.patch_embed
+    require(type(embed) is PatchEmbed, "backbone.patch_embed", embed, PatchEmbed.__name__)
+    for prefix, module in _links(model.backbone):
+        expected = PatchMerging if prefix.endswith("downsample") else SwinBlock
+        require(type(module) is expected, prefix, module, expected.__name__)
+    check_heads(model)
+
+
+def _links(backbone: SwinTransformer) -> list[tuple[str, nn.Module]]:
+    """(path in the detector, module) of each block and each patch merging, in the order in which they run."""
+    result = []
+    for i, stage in enumerate(backbone.stages):
+        result += [(f"backbone.stages.{i}.blocks.{j}", block) for j, block in enumerate(stage.blocks)]
+        if stage.downsample is not None:
+            result.append((f"backbone.stages.{i}.downsample", stage.downsample))
+    return result
+
+
+def _head_layers(model: TwoStageDetector) -> list[str]:
+    """Paths of all Linear and Conv2d layers of neck and heads.
+
+    Raises:
+        IasvitError: a layer with parameters is of another kind, as a deformable convolution is.
+    """
+    result = []
+    for root in HEADS:
+        for name, module in getattr(model, root).named_modules(prefix=root):
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
+                result.append(name)
+            elif next(module.parameters(recurse=False), None) is not None:
+                require(isinstance(module, _FLOAT), name, module, "Linear, Conv2d, ConvTranspose2d or normalization")
+    return result
+
+
+def _simplify(model: TwoStageDetector) -> None:
+    """Take out of a detector what computes the same in another way, in place.
+
+    Activations in place would overwrite what is observed, checkpointing would run layers twice, and mmcv's Conv2d and
+    Linear differ from torch's only in what they do for an empty batch in old versions of torch.
+    """
+    for module in model.modules():
+        if getattr(module, "inplace", False):
+            module.inplace = False
+        if getattr(module, "with_cp", False):
+            module.with_cp = False
+        if type(module) in (Conv2d, Linear):
+            module.__class__ = nn.Conv2d if type(module) is Conv2d else nn.Linear
+
+
+def _insert_block(model: TwoStageDetector, block: SwinBlock, prefix: str, inserter: Inserter) -> None:
+    require(type(block.attn) is ShiftWindowMSA, f"{prefix}.attn", block.attn, ShiftWindowMSA.__name__)
+    require(type(block.ffn) is FFN, f"{prefix}.ffn", block.ffn, FFN.__name__)
+    path, attention = f"{prefix}.attn.w_msa", block.attn.w_msa
+    require(type(attention) is WindowMSA, path, attention, WindowMSA.__name__)
+    layers = block.ffn.layers
+    require(len(layers) == 3, f"{prefix}.ffn", block.ffn, "FFN of two layers")
+    for name in ("norm1", "norm2"):
+        norm = getattr(block, name)
+        affine = isinstance(norm, nn.LayerNorm) and norm.elementwise_affine and norm.bias is not None
+        require(affine, f"{prefix}.{name}", norm, "LayerNorm with weight and bias")
+    product_qk = inserter.product(f"{path}.matmul_qk", "query", "key")
+    product_av = inserter.product(f"{path}.matmul_av", "softmax", "value")
+    absent = () if block.attn.shift_size > 0 else ("mask",)  # windows that are not shifted have no mask
+    block.attn.w_msa = explicit_attention(attention, path, QuantMatMul(*product_qk), QuantMatMul(*product_av), absent)
+    block.attn.__class__ = _FilledWindows
+    block.attn.register_buffer("padding", torch.zeros_like(block.norm1.bias))
+    inserter.layer(model, f"{path}.qkv", "norm", groups=3)
+    inserter.layer(model, f"{path}.proj", "input")
+    inserter.layer(model, f"{prefix}.ffn.layers.0.0", "norm")
+    inserter.layer(model, f"{prefix}.ffn.layers.1", "gelu" if isinstance(layers[0][1], nn.GELU) else "input")
+
+
+class _FilledWindows(ShiftWindowMSA):
+    """mmdet's window attention with `padding` (C,), not 0, where it fills up windows at the right and the bottom.
+
+    What it fills up stands beside the outputs of a LayerNorm, and reparameterization changes both.
+    """
+
+    def forward(self, query: Tensor, hw_shape: tuple[int, int]) -> Tensor:
+        """Attention of query (B, H·W, C), hw_shape being (H, W)."""
+        height, width = hw_shape
+        bottom, right = -height % self.window_size, -width % self.window_size
+        if not bottom and not right:
+            return super().forward(query, hw_shape)
+        filled = self.padding.expand(len(query), height + bottom, width + right, -1).clone()
+        filled[:, :height, :width] = query.unflatten(1, (height, width))
+        output = super().forward(filled.flatten(1, 2), filled.shape[1:3]).view_as(filled)
+        return output[:, :height, :width].flatten(1, 2)
+
+
+# ---- segments --------------------------------------------------------------------------------------------------------
+
+Maps = tuple[Tensor, ...]  # the current map, and those that the neck will read; each (B, H, W, C)
+
+
+def _embedding(backbone: SwinTransformer) -> Callable[[Tensor], Maps]:
+    def run(images: Tensor) -> Maps:
+        x, size = backbone.patch_embed(images)
+        if backbone.use_abs_pos_embed:
+            x = x + backbone.absolute_pos_embed
+        return (backbone.drop_after_pos(x).unflatten(1, size),)
+
+    return run
+
+
+def _run(backbone: SwinTransformer, name: str, module: nn.Module) -> Callable[[Maps], Maps]:
+    """Run a block; or a patch merging, behind which what it read is kept, where the neck reads this stage."""
+    stage = int(name.split(".")[2])
+
+    def run_block(maps: Maps) -> Maps:
+        x, *kept = maps
+        size = x.shape[1:3]
+        return (module(x.flatten(1, 2), size).unflatten(1, size), *kept)
+
+    def run_merging(maps: Maps) -> Maps:
+        x, *kept = maps
+        merged, size = module(x.flatten(1, 2), x.shape[1:3])
+        return (merged.unflatten(1, size), *kept, *((x,) if stage in backbone.out_indices else ()))
+
+    return run_merging if isinstance(module, PatchMerging) else run_block
+
+
+def _scores(model: TwoStageDetector) -> Callable[[Maps], Tensor]:
+    backbone = model.backbone
+
+    def run(maps: Maps) -> Tensor:
+        x, *kept = maps
+        if len(backbone.stages) - 1 in backbone.out_indices:
+            kept.append(x)
+        outputs = []
+        for stage, y in zip(sorted(backbone.out_indices), kept, strict=True):
+            outputs.append(getattr(backbone, f"norm{stage}")(y).permute(0, 3, 1, 2).contiguous())
+        stride = backbone.patch_embed.projection.stride[0]
+        for stage in range(min(backbone.out_indices)):
+            stride *= backbone.stages[stage].downsample.sampler.stride[0]
+        size = (stride * outputs[0].shape[2], stride * outputs[0].shape[3])
+        return label_scores(run_heads(model, model.neck(tuple(outputs)), size), len(x))
+
+    return run
+
+
+# ---- what a quantizable detector answers -----------------------------------------------------------------------------
+
+
+class _Answers:
+    """Mixed into the class of a quantizable detector, so that a method can call it with images alone."""
+
+    def _forward(self, batch_inputs: Tensor, batch_data_samples: list | None = None) -> Any:
+        if batch_data_samples is not None:
+            return super()._forward(batch_inputs, batch_data_samples)
+        features = self.extract_feat(batch_inputs)
+        return flat(run_heads(self, features, tuple(batch_inputs.shape[2:])), len(batch_inputs))
+
+
+@cache
+def _answering(cls: type[TwoStageDetector]) -> type[TwoStageDetector]:
+    return cls if issubclass(cls, _Answers) else type(cls.__name__, (_Answers, cls), {"__module__": cls.__module__})
