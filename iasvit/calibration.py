@@ -19,12 +19,13 @@ from iasvit.models.base import Activation
 from iasvit.nn import QuantLayer
 from iasvit.quantizers import Quantizer
 
-
 BUDGET_VARIABLE = "IASVIT_STORE_MIB"
 
 
-def default_memory_budget() -> int:
-    """Bytes that one store may take: an eighth of the memory that is free, for a reconstruction keeps four at most.
+def default_memory_budget(device: torch.device | None = None) -> int:
+    """Bytes that one store may take: an eighth of the device's memory that is free (None: the host's).
+
+    A reconstruction keeps four stores at most.
 
     The environment variable IASVIT_STORE_MIB, where it is set, says how many MiB instead.
 
@@ -32,6 +33,8 @@ def default_memory_budget() -> int:
         IasvitError: the variable holds no whole number of MiB.
     """
     text = os.environ.get(BUDGET_VARIABLE, "")
+    if not text and device is not None and device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] // 8
     if not text:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 8
     if not text.isdecimal():
@@ -298,7 +301,7 @@ def calibration_store(
     if not isinstance(calibration, Iterable):
         raise IasvitError(f"calibration is a {type(calibration).__name__}; give images as a tensor or batches of them")
     batches: Iterable[Tensor] = calibration.split(64) if isinstance(calibration, Tensor) else calibration
-    store = ActivationStore(memory_budget)
+    store = ActivationStore(default_memory_budget(device) if memory_budget is None else memory_budget)
     for batch in batches:
         if not isinstance(batch, Tensor) or batch.ndim != 4 or not batch.is_floating_point():
             raise IasvitError("calibration is not made of float tensors N×3×H×W; give images as the model takes them")

@@ -274,7 +274,8 @@ class _Run:
             row["a_bits"] = 32  # weights only, whatever the spec says of activations
         seconds = progress.seconds
         row["calibration_seconds"] = round(seconds.get("calibration", 0.0), 3)
-        row["reconstruction_seconds"] = round(seconds.get("reconstruction", 0.0), 3)
+        parts = [value for name, value in seconds.items() if name.startswith("reconstruction")]
+        row["reconstruction_seconds"] = round(sum(parts), 3)
         row["quantization_seconds"] = round(sum(seconds.values()), 3)
         predictions = self._predict(job.cell.model, quantized, progress, row)
         row["peak_memory_mib"] = round(memory.mib(), 1)

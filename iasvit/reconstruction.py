@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -122,6 +123,7 @@ def optimize(
     batch_size: int,
     lr: float,
     generator: torch.Generator,
+    autocast: bool = False,
     bar: tqdm | None = None,
 ) -> float:
     """Minimise `squared_error(run(inputs), targets)` over parameters: Adam, no weight decay, cosine from lr to 0.
@@ -133,6 +135,7 @@ def optimize(
             what the segment computes.
         iterations: steps, each on `batch_size` images drawn without replacement.
         generator: a CPU generator; the same state gives the same result.
+        autocast: compute products in bfloat16; parameters, losses and the optimizer stay in float32.
         bar: moved by one a step.
 
     Returns:
@@ -144,7 +147,7 @@ def optimize(
         if bar is not None:
             bar.update(iterations)
         return math.nan
-    step = _Step(run, parameters, inputs, targets, min(batch_size, len(inputs)))
+    step = _Step(run, parameters, inputs, targets, min(batch_size, len(inputs)), autocast)
     for parameter in parameters:
         parameter.requires_grad_(True)
     try:
@@ -160,6 +163,19 @@ def optimize(
     return float(step.loss)
 
 
+@contextmanager
+def compiled(segment: Segment, value: bool = True) -> Iterator[None]:
+    """Let a segment's quantizers be compiled passes for a while: for learning, see `Quantizer`."""
+    quantizers = [q for weights in (True, False) for _, q in segment.quantizers(weights=weights)]
+    try:
+        for quantizer in quantizers:
+            quantizer.compiled = value
+        yield
+    finally:
+        for quantizer in quantizers:
+            quantizer.compiled = False
+
+
 class _Step:
     """One optimization step. On CUDA the third and later ones replay a graph of it: one launch in place of hundreds."""
 
@@ -172,8 +188,9 @@ class _Step:
         inputs: Store,
         targets: Store,
         batch_size: int,
+        autocast: bool,
     ) -> None:
-        self.run, self.inputs, self.targets = run, inputs, targets.leading
+        self.run, self.inputs, self.targets, self.autocast = run, inputs, targets.leading, autocast
         device = parameters[0].device
         self.lr = torch.zeros((), device=device)  # a tensor, so that a replayed graph reads each step's value
         self.indices = torch.zeros(batch_size, dtype=torch.int64, device=device)
@@ -204,8 +221,10 @@ class _Step:
 
     def _eager(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
-        output = tensors(self.run(self.inputs.gather(self.indices)))[0]
-        loss = squared_error(output, self.targets.gather(self.indices))
+        # A cache of cast weights would outlive a captured step.
+        with torch.autocast(self.loss.device.type, torch.bfloat16, enabled=self.autocast, cache_enabled=False):
+            output = tensors(self.run(self.inputs.gather(self.indices)))[0]
+        loss = squared_error(output.float(), self.targets.gather(self.indices))
         loss.backward()
         self.optimizer.step()
         self.loss.copy_(loss.detach())

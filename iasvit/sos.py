@@ -9,13 +9,13 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from iasvit.calibration import ActivationStore, calibrate_inputs
+from iasvit.calibration import calibrate_inputs
 from iasvit.errors import IasvitError
 from iasvit.methods import Calibration
 from iasvit.models import Site, find_pairs, insert_quantizers, segments
 from iasvit.progress import Progress, fingerprint
 from iasvit.quantizers import WEIGHT_PERCENTILES, Log2Quantizer, Quantizer, SULQuantizer, UniformQuantizer
-from iasvit.reconstruction import SegmentJob, optimize, stream
+from iasvit.reconstruction import SegmentJob, compiled, optimize, stream
 from iasvit.reparam import reparameterize
 from iasvit.spec import QuantSpec
 
@@ -43,6 +43,8 @@ class IASViT:
         init_size: images that the quantizers are initialised on.
         sulq: False for the log2 quantizer instead (ablation).
         sos: False for direct reconstruction, per-tensor quantizers and all in one stage of twice the steps (ablation).
+        autocast: learn with products in bfloat16; on a GPU faster by half.
+        compile: learn with quantizers that torch.compile made one pass each; needs its compiler, and seconds at first.
     """
 
     iterations: int | None = None
@@ -52,6 +54,8 @@ class IASViT:
     init_size: int = 64
     sulq: bool = True
     sos: bool = True
+    autocast: bool = False
+    compile: bool = False
 
     name: ClassVar[str] = "ias_vit"
 
@@ -77,13 +81,16 @@ class IASViT:
             with progress.phase("calibration"):
                 self._calibrate(job)
             if self.sos:
-                self._optimize(job, job.inputs_fp, iterations, stage=1)
-                for pair in pairs:  # stage 2
-                    if pair.linears[0] in job.segment.layers():
-                        reparameterize(pair)
-            for layer in job.segment.layers():
-                layer.calibrate_weight()
-            self._optimize(job, job.inputs_q, iterations if self.sos else 2 * iterations, stage=3)
+                with progress.phase("reconstruction, stage 1"):
+                    self.optimize_stage(job, 1, iterations)
+                with progress.phase("reconstruction, stage 2"):
+                    for pair in pairs:
+                        if pair.linears[0] in job.segment.layers():
+                            reparameterize(pair)
+            with progress.phase("reconstruction, stage 3"):
+                for layer in job.segment.layers():
+                    layer.calibrate_weight()
+                self.optimize_stage(job, 3, iterations if self.sos else 2 * iterations)
             for layer in job.segment.layers():
                 layer.round_weight()
 
@@ -102,24 +109,27 @@ class IASViT:
 
         calibrate_inputs(job.segment.quantizers(weights=False), run)
 
-    def _optimize(self, job: SegmentJob, inputs: ActivationStore, iterations: int, stage: int) -> None:
+    def optimize_stage(self, job: SegmentJob, stage: int, iterations: int) -> None:
+        """Learn the segment's weights and biases on full-precision inputs (stage 1) or the quantized model's (3)."""
         parameters = [p for layer in job.segment.layers() for p in (layer.weight, layer.bias) if p is not None]
         if stage == 1 and not job.segment.quantizers(weights=False):
             job.bar.update(iterations)  # the image is not quantized: before the weights are, there is nothing to learn
             return
         seeds = (self.seed, job.index, stage)
         generator = torch.Generator().manual_seed(int(fingerprint(*seeds), 16) % 2**63)
-        optimize(
-            job.segment.run,
-            parameters,
-            inputs,
-            job.targets,
-            iterations=iterations,
-            batch_size=self.batch_size,
-            lr=self.lr,
-            generator=generator,
-            bar=job.bar,
-        )
+        with compiled(job.segment, self.compile):
+            optimize(
+                job.segment.run,
+                parameters,
+                job.inputs_fp if stage == 1 else job.inputs_q,
+                job.targets,
+                iterations=iterations,
+                batch_size=self.batch_size,
+                lr=self.lr,
+                generator=generator,
+                autocast=self.autocast,
+                bar=job.bar,
+            )
 
     def weight_quantizer(self, site: Site) -> Quantizer:
         """Uniform, one scale and zero-point per output channel."""

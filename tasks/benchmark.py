@@ -4,6 +4,7 @@ Full-size timm models and mmdet detectors with random weights on random images: 
 on the values. Each phase is timed to its end on the device. Rows go to a CSV file, with the machine and the versions.
 
     python -m tasks.benchmark --detector mask_rcnn_swin_t --calib-size 1 --iterations 1 --batch-size 1
+    python -m tasks.benchmark --backbone deit_small_patch16_224 --device cuda --autocast --compile --profile
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import csv
 import platform
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,12 +27,22 @@ import iasvit
 from iasvit.cli import main
 from iasvit.errors import IasvitError
 from iasvit.methods import method_options
+from iasvit.models import segments
 from iasvit.progress import Progress
 from iasvit.provenance import PeakMemory
+from iasvit.reconstruction import SegmentJob
+from iasvit.sos import IASViT
 
 app = typer.Typer(add_completion=False)
-PHASES = ("capture", "calibration", "reparameterization", "reconstruction")
-
+PHASES = {  # of Progress → what a row calls it
+    "capture": "capture",
+    "calibration": "calibration",
+    "reparameterization": "reparameterization",
+    "reconstruction, stage 1": "stage_1",
+    "reconstruction, stage 2": "stage_2",
+    "reconstruction, stage 3": "stage_3",
+    "reconstruction": "passes",  # of activations from block to block, in full precision and quantized
+}
 
 DETECTOR_IMAGE = (3, 800, 1216)  # mmdet's test images of COCO, padded, are about so large
 
@@ -106,6 +117,9 @@ def benchmark(
     batch_size: int = 64,
     device: str = "cpu",
     tf32: Annotated[bool, typer.Option(help="let matrix products round their inputs to TF32")] = False,
+    autocast: Annotated[bool, typer.Option(help="learn with products in bfloat16")] = False,
+    compiled: Annotated[bool, typer.Option("--compile", help="learn with compiled quantizers")] = False,
+    profile: Annotated[bool, typer.Option(help="profile a block's stage 3 too, into profile.csv beside --out")] = False,
     repeats: Annotated[int, typer.Option(help="forward passes to time")] = 10,
     out: Annotated[Path, typer.Option(help="CSV file to append to")] = Path("results/benchmarks/quantize.csv"),
 ) -> None:
@@ -123,7 +137,7 @@ def benchmark(
         full = images_per_second(subject.model, subject, repeats)
         for method_name in method:
             known = set(method_options(method_name))
-            options = {"iterations": iterations, "batch_size": batch_size}
+            options = {"iterations": iterations, "batch_size": batch_size, "autocast": autocast, "compile": compiled}
             options = {key: value for key, value in options.items() if key in known}
             memory = PeakMemory(where)
             progress = Progress(f"{name} {method_name}", quiet=False)
@@ -138,9 +152,9 @@ def benchmark(
                 "method": method_name,
                 "bits": bits,
                 "calib_size": calib_size,
-                **{key: options.get(key, "") for key in ("iterations", "batch_size")},
+                **{key: options.get(key, "") for key in ("iterations", "batch_size", "autocast", "compile")},
                 "tf32": tf32,
-                **{f"{phase}_seconds": round(progress.seconds.get(phase, 0.0), 2) for phase in PHASES},
+                **{f"{name}_seconds": round(progress.seconds.get(phase, 0.0), 2) for phase, name in PHASES.items()},
                 "total_seconds": round(seconds, 2),
                 "peak_memory_MiB": round(peak, 1),
                 "fp32_images_per_second": round(full, 3),
@@ -150,6 +164,57 @@ def benchmark(
             }
             append(out, row)
             print({key: value for key, value in row.items() if value != ""}, flush=True)
+            if profile and "iterations" in options:
+                del quantized
+                for kernel in profile_step(subject, bits, options):
+                    append(out.with_name("profile.csv"), {"model": name, **options, **kernel, "device": row["device"]})
+
+
+@dataclass
+class _Profiled(IASViT):
+    """I&S-ViT that learns one block only, in stage 3, and counts what its kernels take there.
+
+    Attributes:
+        block: number of the segment.
+        kernels: rows of `profile_step`.
+    """
+
+    block: int = 0
+    kernels: list[dict[str, Any]] = field(default_factory=list)
+
+    def optimize_stage(self, job: SegmentJob, stage: int, iterations: int) -> None:
+        """See `IASViT`."""
+        if stage != 3 or job.index != self.block:
+            return
+        super().optimize_stage(job, stage, iterations)  # whatever is made at first is made now
+        where = [torch.profiler.ProfilerActivity.CPU]
+        on_gpu = job.inputs_q.device.type == "cuda"
+        if on_gpu:
+            where.append(torch.profiler.ProfilerActivity.CUDA)
+        with torch.profiler.profile(activities=where) as profiler:
+            super().optimize_stage(job, stage, iterations)
+            synchronize(job.inputs_q.device)
+        for event in profiler.key_averages():
+            micros = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+            if micros > 0:
+                each = {"calls": round(event.count / iterations, 2), "microseconds": round(micros / iterations, 2)}
+                self.kernels.append({"segment": job.segment.name, "kernel": " ".join(event.key.split())[:120], **each})
+        self.kernels.sort(key=lambda row: -row["microseconds"])
+        total = {name: round(sum(row[name] for row in self.kernels), 2) for name in ("calls", "microseconds")}
+        self.kernels[20:] = [{"segment": job.segment.name, "kernel": "all, these and others", **total}]
+
+
+def profile_step(subject: Subject, bits: str, options: dict[str, Any], steps: int = 50) -> list[dict[str, Any]]:
+    """What one step of reconstruction spends its time on: the kernels of a middle block's stage 3, by time.
+
+    Returns:
+        Rows of segment, kernel (of an accelerator; else torch's operators), calls a step, microseconds a step.
+    """
+    block = len(segments(subject.model)) // 2
+    count = 2 * options["batch_size"]
+    method = _Profiled(**{**options, "iterations": steps}, block=block)
+    iasvit.quantize(subject.model, subject.images[:count], bits, method)
+    return method.kernels
 
 
 def append(path: Path, row: dict[str, object]) -> None:

@@ -37,7 +37,7 @@ from tasks.coco_models import (
     coco_classes,
 )
 from tasks.mini.scenes import CLASSES
-from tasks.options import at_least, check_models, make_cells, make_device, unique
+from tasks.options import at_least, check_models, make_cells, make_device, parse_options, unique
 
 DATA_ROOT = "IASVIT_COCO"
 HEADS = ("neck", "rpn_head", "roi_head")
@@ -307,6 +307,14 @@ def coco(
         int | None, typer.Option(help=f"Images a step. [{MINI.batch_size} mini, {PAPER.batch_size} coco]")
     ] = None,
     lr: Annotated[float | None, typer.Option(help=f"Learning rate. [{MINI.lr:g} mini, {PAPER.lr:g} coco]")] = None,
+    options: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--option",
+            help="Repeatable; NAME=VALUE, any other option of the methods, as autocast=true.",
+            show_default=False,
+        ),
+    ] = None,
     seed: Annotated[list[int], typer.Option(help="Repeatable; of calibration images and method.")] = [0],  # noqa: B006
     device: Annotated[str | None, typer.Option(help="[cuda where there is one, else cpu]")] = None,
     limit: Annotated[int | None, typer.Option(help="Evaluate only so many images.")] = None,
@@ -339,7 +347,7 @@ def coco(
         unique(seed),
         calib_size or profile.calib_size,
         profile,
-        {name: value for name, value in given.items() if value is not None},
+        {name: value for name, value in given.items() if value is not None} | parse_options(options or []),
     )
     if checkpoint is not None and len(models) > 1:
         raise IasvitError(

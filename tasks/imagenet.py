@@ -28,7 +28,7 @@ from iasvit.spec import QuantSpec
 from tasks.imagenet_data import FolderImages, ImagenetteImages, Images, MiniImages
 from tasks.imagenet_models import MiniModels, Models, TimmModels
 from tasks.metrics import CLASSIFICATION_METRICS, Predictions, classification_scores
-from tasks.options import at_least, check_models, make_cells, make_device, unique
+from tasks.options import at_least, check_models, make_cells, make_device, parse_options, unique
 
 DATA_ROOT = "IASVIT_IMAGENET"
 T = TypeVar("T")
@@ -239,6 +239,14 @@ def imagenet(
         int | None, typer.Option(help=f"Images a step. [{MINI.batch_size} mini, {PAPER.batch_size} real]")
     ] = None,
     lr: Annotated[float | None, typer.Option(help=f"Learning rate. [{MINI.lr:g} mini, {PAPER.lr:g} real]")] = None,
+    options: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--option",
+            help="Repeatable; NAME=VALUE, any other option of the methods, as autocast=true.",
+            show_default=False,
+        ),
+    ] = None,
     seed: Annotated[list[int], typer.Option(help="Repeatable; of calibration images and method.")] = [0],  # noqa: B006
     device: Annotated[str | None, typer.Option(help="[cuda where there is one, else cpu]")] = None,
     limit: Annotated[int | None, typer.Option(help="Evaluate only so many images.")] = None,
@@ -267,7 +275,7 @@ def imagenet(
         unique(seed),
         calib_size or profile.calib_size,
         profile,
-        {name: value for name, value in given.items() if value is not None},
+        {name: value for name, value in given.items() if value is not None} | parse_options(options or []),
     )
     if checkpoint is not None and len(backbones) > 1:
         raise IasvitError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol, TypeVar
 
@@ -62,6 +63,24 @@ def make_cells(
                 for seed in seeds:
                     cells.append(Cell(name, method, str(spec), seed, calib_size, tuple(sorted(options.items()))))
     return cells
+
+
+def parse_options(texts: Iterable[str]) -> dict[str, Any]:
+    """Options of methods from NAME=VALUE, the value being a number, true, false or text.
+
+    Raises:
+        IasvitError: a text without a name or a value.
+    """
+    options = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not name or not equals or not value:
+            raise IasvitError(f"--option {text!r} is not of the form NAME=VALUE, as autocast=true")
+        try:
+            options[name] = json.loads(value)
+        except ValueError:
+            options[name] = value
+    return options
 
 
 def check_models(models: Models, names: Sequence[str], specs: Sequence[QuantSpec]) -> None:

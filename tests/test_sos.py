@@ -339,7 +339,7 @@ def test_segments_and_stages_draw_different_batches(vit: nn.Module, images: Tens
 
 def test_memory_decides_nothing(swin: nn.Module, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = quantize(swin, images)
-    monkeypatch.setattr(calibration, "default_memory_budget", lambda: 0)
+    monkeypatch.setattr(calibration, "default_memory_budget", lambda device=None: 0)
     spilled: list[int] = []
     plain = ActivationStore._spilled
     monkeypatch.setattr(ActivationStore, "_spilled", lambda *args: (spilled.append(1), plain(*args))[1])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import cache
 from typing import Any, ClassVar
 
 import torch
@@ -18,7 +20,8 @@ class Quantizer(nn.Module):
 
     A code is an integer in [0, 2^n_bits - 1], held as uint8. `forward` is fake quantization: exactly
     `decode(encode(x))`, with a straight-through gradient (STE) to x; quantizer parameters get no gradient. With
-    `enabled` False, `forward` returns x as it is: full precision.
+    `enabled` False, `forward` returns x as it is: full precision. With `compiled` True, which is for
+    learning, `forward` is one pass that torch.compile made; a value next to a rounding tie may get the other code.
 
     Subclasses name in `parameters_` the buffers that `calibrate` fills, and in `config` what else rebuilds them.
 
@@ -35,6 +38,7 @@ class Quantizer(nn.Module):
             raise IasvitError(f"n_bits is {n_bits}, but quantizers have 2 to 8 bits")
         self.n_bits = n_bits
         self.enabled = True
+        self.compiled = False
         for name in self.parameters_:
             self.register_buffer(name, torch.empty(0))
 
@@ -74,12 +78,12 @@ class Quantizer(nn.Module):
         return self._values(codes.to(torch.float32))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Fake-quantized x: decode(encode(x)), bit for bit, with the gradient of `_ste`."""
+        """Fake-quantized x: decode(encode(x)), bit for bit, with the gradient of `_ste`; float32 for half precision."""
         if not self.enabled:
             return x
         if not self.calibrated:
             raise IasvitError("a quantizer was used before it was calibrated; run the method's calibration first")
-        return _FakeQuantize.apply(x, self)
+        return _FakeQuantize.apply(x.float() if x.dtype.itemsize < 4 else x, self)
 
     def config(self) -> dict[str, Any]:
         """Arguments that build an equal quantizer, and whether it is enabled; JSON types only."""
@@ -126,6 +130,29 @@ class Quantizer(nn.Module):
         return ", ".join(f"{key}={value}" for key, value in self.config().items() if key != "kind")
 
 
+def _one_pass(x: Tensor, quantizer: Quantizer, needs_grad: bool) -> tuple[Tensor, Tensor | None]:
+    """Values and gradient of `quantizer` in one compiled pass. x takes few shapes, as each number of axes compiles."""
+    channel_dim = getattr(quantizer, "channel_dim", None)
+    if channel_dim is None:
+        rows = x.reshape(-1)
+    elif channel_dim == 0:
+        rows = x.flatten(1)
+    else:
+        rows = x.flatten(0, -2) if channel_dim == -1 else x
+    with torch._dynamo.config.patch(recompile_limit=64):  # kinds of quantizers × bits; past it, eager mode takes over
+        values, ste = _compiled_pass()(rows, quantizer, needs_grad)
+    return values.view(x.shape), None if ste is None else ste.view(x.shape)
+
+
+@cache
+def _compiled_pass() -> Callable[[Tensor, Quantizer, bool], tuple[Tensor, Tensor | None]]:
+    def both(x: Tensor, quantizer: Quantizer, needs_grad: bool) -> tuple[Tensor, Tensor | None]:
+        values = quantizer._fake_quantize(x)
+        return values, quantizer._ste(x, values) if needs_grad else None
+
+    return torch.compile(both, dynamic=True, fullgraph=True)
+
+
 # A quantizer is a dozen elementwise passes. On a CPU an attention map does not fit the cache, and each pass over it
 # waits for memory; pieces of this many values stay in the cache from the first pass to the last (4 times as fast).
 _PIECE = 2**17
@@ -135,6 +162,11 @@ class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, quantizer: Quantizer) -> Tensor:
         needs_grad = ctx.needs_input_grad[0]
+        if quantizer.compiled:
+            values, ste = _one_pass(x.detach(), quantizer, needs_grad)
+            if needs_grad:
+                ctx.save_for_backward(ste)
+            return values
         if not (x.is_cpu and quantizer.elementwise and x.numel() > 2 * _PIECE):
             values = quantizer._fake_quantize(x)
             if needs_grad:

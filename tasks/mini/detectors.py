@@ -281,8 +281,10 @@ def start_from_detector(model: nn.Module, name: str, path: Path) -> None:
     trained = zoo.load_weights(build(name), path).state_dict()
     own = model.state_dict()
     for key, value in own.items():
-        # Each of Cascade's stages has its heads, which start from the single ones.
-        source = trained.get(re.sub(r"^(roi_head\.(bbox|mask)_head)\.\d+\.", r"\1.", key))
+        # Each of Cascade's stages has its heads, which start from the single ones, and single ones from the first.
+        single = re.sub(r"^(roi_head\.(bbox|mask)_head)\.\d+\.", r"\1.", key)
+        first = re.sub(r"^(roi_head\.(bbox|mask)_head)\.", r"\1.0.", single)
+        source = next((trained[name] for name in (key, single, first) if name in trained), None)
         if source is not None and source.shape == value.shape:  # its box regressors are one for all classes
             own[key] = source
     model.load_state_dict(own)

@@ -200,7 +200,7 @@ def start_model(run: Run) -> tuple[nn.Module, str]:
     """The detector before its first step, and in words what its backbone starts from.
 
     Raises:
-        IasvitError: `run.init` is no checkpoint of a mini detector with the same backbone.
+        IasvitError: `run.init` is no checkpoint of a mini detector, or of one with another backbone.
     """
     model = detectors.build(run.detector, run.seed)
     kind, backbone = detectors.split_name(run.detector)
@@ -210,7 +210,9 @@ def start_model(run: Run) -> tuple[nn.Module, str]:
             path = detectors.checkpoint_path(f"mask_rcnn_{backbone}", folder)
             init = init or (path if path.is_file() else None)
     if init is not None:
-        detectors.start_from_detector(model, f"mask_rcnn_{backbone}", init)
+        if detectors.split_name(init.stem)[1] != backbone:
+            raise IasvitError(f"--init {init} has another backbone than {run.detector}")
+        detectors.start_from_detector(model, init.stem, init)
         return model, init.stem
     if zoo.checkpoint_path(backbone).is_file():
         detectors.start_from_zoo(model, run.detector)
@@ -488,7 +490,7 @@ def parse(arguments: list[str] | None = None) -> Run:
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ...")
     parser.add_argument("--processes", type=int, default=1, help="that share a batch, and the device")
     parser.add_argument("--out", type=Path, default=zoo.CHECKPOINTS, help="folder of checkpoint, state and log")
-    parser.add_argument("--init", type=Path, help="checkpoint of the Mask R-CNN to take backbone and neck from")
+    parser.add_argument("--init", type=Path, help="checkpoint DETECTOR.safetensors to start from")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--val-images", type=int, default=500)
     for field in ("batch_size", "lr", "weight_decay"):

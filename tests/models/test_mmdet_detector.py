@@ -311,7 +311,7 @@ def test_spilled_activations_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> N
     spilled = calibration.ActivationStore._spilled
     results = []
     for budget in (2**40, 20_000, 0):
-        monkeypatch.setattr(calibration, "default_memory_budget", lambda budget=budget: budget)
+        monkeypatch.setattr(calibration, "default_memory_budget", lambda device=None, budget=budget: budget)
         spills.append(0)
 
         def count(store: calibration.ActivationStore, batch: Tensor) -> Tensor:
