@@ -34,7 +34,19 @@ from tasks.mini import zoo
 
 VAL_IMAGES = 5000
 LOG_NAME = "training.csv"
-LOG_COLUMNS = ("backbone", "seed", "step", "epoch", "seconds", "train_loss", "top1", "images", "device", "final")
+LOG_COLUMNS = (
+    "backbone",
+    "seed",
+    "step",
+    "epoch",
+    "seconds",
+    "train_loss",
+    "top1",
+    "images",
+    "device",
+    "start",
+    "final",
+)
 
 
 @dataclass(frozen=True)
@@ -87,6 +99,7 @@ class Run:
     compile: bool = True
     graph: bool = True
     report_seconds: float = 15.0
+    init: Path | None = None  # checkpoint to start from
 
 
 # ---- data ----------------------------------------------------------------------------------------------------------
@@ -342,6 +355,7 @@ def _evaluate(
     stored.load_state_dict({key: value.float() for key, value in zoo.as_stored(model).items()})
     top1 = accuracy(stored, *val)
     row = row | {"backbone": run.backbone, "seed": run.seed, "top1": round(top1, 2), "device": _device_name(run.device)}
+    row["start"] = "random" if run.init is None else run.init.stem
     _log(run, row)
     # No times here: the same run gives the same file.
     metadata = {key: value for key, value in row.items() if key != "seconds"}
@@ -392,7 +406,10 @@ def train(run: Run, data: Path) -> float:
             raise IasvitError(
                 f"--train-images {len(images)} do not fill a batch of {recipe.batch_size} (--batch-size); give more"
             )
-        model = zoo.build(run.backbone, seed).to(device).train()
+        model = zoo.build(run.backbone, seed)
+        if run.init is not None:
+            zoo.load_weights(model, run.init)
+        model.to(device).train()
         stored = zoo.build(run.backbone, seed).to(device)  # holds the rounded weights for evaluation
         batches = Batches(images, recipe, model.pretrained_cfg["mean"], model.pretrained_cfg["std"])
         step_once = Stepper(model, batches, labels, run)
@@ -490,6 +507,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ...")
     parser.add_argument("--out", type=Path, default=zoo.CHECKPOINTS, help="folder of checkpoints and training.csv")
     parser.add_argument("--data", type=Path, help="folder to keep the rendered scenes in; a temporary one otherwise")
+    parser.add_argument("--init", type=Path, help="checkpoint of the one backbone to start from")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--train-images", type=int, default=200_000)
     parser.add_argument("--val-images", type=int, default=VAL_IMAGES)
@@ -515,6 +533,10 @@ def run_all(options: argparse.Namespace) -> None:
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         raise IasvitError(f"--device {options.device}: this machine has no usable CUDA device; use --device cpu")
     names = list(dict.fromkeys(options.backbone))
+    if options.init is not None:
+        if len(names) > 1:
+            raise IasvitError(f"--init is of one backbone, but {len(names)} are asked for: {', '.join(names)}")
+        zoo.load_weights(zoo.build(names[0]), options.init)  # says what is wrong before anything is rendered
     changes = {key: getattr(options, key) for key in ("batch_size", "lr", "weight_decay")}
     changes = {key: value for key, value in changes.items() if value is not None}
     runs = [
@@ -530,6 +552,7 @@ def run_all(options: argparse.Namespace) -> None:
             evaluations=options.evaluations,
             compile=not options.no_compile,
             graph=not options.no_graph,
+            init=options.init,
         )
         for name in names
     ]
