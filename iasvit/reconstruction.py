@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -176,6 +177,12 @@ def compiled(segment: Segment, value: bool = True) -> Iterator[None]:
             quantizer.compiled = False
 
 
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream that steps are captured on: one for all, as each that runs a product keeps its workspaces, 64 MiB."""
+    return torch.cuda.Stream(device)
+
+
 class _Step:
     """One optimization step. On CUDA the third and later ones replay a graph of it: one launch in place of hundreds."""
 
@@ -198,7 +205,7 @@ class _Step:
         on_gpu = device.type == "cuda"
         self.optimizer = torch.optim.Adam(parameters, lr=self.lr, foreach=on_gpu, capturable=on_gpu)
         self.graph = torch.cuda.CUDAGraph() if on_gpu and inputs.resident and self.targets.resident else None
-        self.stream = torch.cuda.Stream(device) if self.graph is not None else None
+        self.stream = _side_stream(device) if self.graph is not None else None
         self.count = 0
 
     def __call__(self, indices: Tensor, lr: float) -> None:

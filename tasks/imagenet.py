@@ -25,7 +25,14 @@ from iasvit.methods import list_methods
 from iasvit.progress import Progress
 from iasvit.results import ResultStore
 from iasvit.spec import QuantSpec
-from tasks.imagenet_data import FolderImages, ImagenetteImages, Images, MiniImages
+from tasks.imagenet_data import (
+    MINI_BATCH,
+    MINI_BATCH_GPU,
+    FolderImages,
+    ImagenetteImages,
+    Images,
+    MiniImages,
+)
 from tasks.imagenet_models import MiniModels, Models, TimmModels
 from tasks.metrics import CLASSIFICATION_METRICS, Predictions, classification_scores
 from tasks.options import at_least, check_models, make_cells, make_device, parse_options, unique
@@ -175,7 +182,7 @@ def make_task(
         if data_root is not None:
             raise IasvitError(f"--data-root does not go with --data {data.value}; --data imagenet reads a folder")
         models = MiniModels(data is Data.mini_hard, pretrained, checkpoint)
-        images = MiniImages(limit)
+        images = MiniImages(limit, MINI_BATCH_GPU if device.type == "cuda" else MINI_BATCH)
     else:
         models = TimmModels(pretrained, checkpoint)
         pin_memory = device.type == "cuda"

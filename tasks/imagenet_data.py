@@ -23,7 +23,8 @@ DataConfig = dict[str, Any]  # what timm's resolve_data_config says of a model
 Batch = tuple[Tensor, Tensor, Tensor]  # images B×3×H×W normalised, labels int64 B, positions in the split int64 B
 
 EVALUATION_BATCH = 64
-MINI_BATCH = 16  # a mini model's attention maps then stay near the cache
+MINI_BATCH = 16  # a mini model's attention maps then stay near a processor's cache
+MINI_BATCH_GPU = 250  # fewer launches
 TRAIN_NAMES = ("train", "training")
 VAL_NAMES = ("val", "valid", "validation")
 # What Pillow raises on a file that is no image, or a damaged one.
@@ -299,16 +300,18 @@ class MiniImages:
 
     Args:
         limit: evaluate the first so many; None for all 5000.
+        batch_size: images a batch.
     """
 
     VAL_SIZE = 5000
     STRIDE = 100_000  # calibration scenes between one seed's and the next's
 
-    def __init__(self, limit: int | None = None) -> None:
+    def __init__(self, limit: int | None = None, batch_size: int = MINI_BATCH) -> None:
         from tasks.mini import scenes
 
         self.num_classes: dict[int, Tensor | None] = {len(scenes.CLASSES): None}
         self._size = len(spread(self.VAL_SIZE, limit))
+        self._batch_size = batch_size
 
     def __len__(self) -> int:
         return self._size
@@ -331,7 +334,7 @@ class MiniImages:
     def batches(self, config: DataConfig) -> Iterator[Batch]:
         """See `Images`."""
         images, labels = self._val
-        for at in torch.arange(self._size).split(MINI_BATCH):
+        for at in torch.arange(self._size).split(self._batch_size):
             yield normalise(images[at], config), labels[at], at
 
     def check_calibration(self, n: int) -> None:
