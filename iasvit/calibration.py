@@ -135,7 +135,7 @@ class ActivationStore:
         rows = [self._batches[b][r] for b, r in (self._where[int(i)] for i in indices)]
         if any(row.shape != rows[0].shape for row in rows):
             raise IasvitError("calibration images of different sizes cannot share a batch; use a batch size of 1")
-        return torch.stack(rows).to(self.device)
+        return torch.stack([row.to(self.device) for row in rows])  # files are read on the CPU
 
     def _merge(self) -> None:
         """Join batches of one shape, so that a random batch is one indexing and not one for each image."""

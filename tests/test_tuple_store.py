@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_models
 import torch
 from torch import Tensor, nn
 
-from iasvit.calibration import ActivationStore, Collector, TupleStore, calibration_store, first_images, tensors
+from iasvit.calibration import (
+    ActivationStore,
+    Collector,
+    TupleStore,
+    _FileBatch,
+    calibration_store,
+    first_images,
+    tensors,
+)
 from iasvit.errors import IasvitError
 from iasvit.fisher import captures
 from iasvit.models import Segment
@@ -64,6 +74,38 @@ def test_spilled_or_not_ragged_tuples_come_back_to_the_bit(budget: int | None, t
         assert torch.equal(first, 2 * x + 1)
         assert torch.equal(second, x)
     assert sum(len(first) for first, _ in store.batches(2, limit=4)) == 4
+
+
+class _OnAnotherDevice(Tensor):
+    """As a CPU tensor beside those of a GPU: nothing can be joined with it until `to` has moved it."""
+
+    @classmethod
+    def __torch_function__(cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func in (torch.stack, torch.cat):
+            raise RuntimeError("Expected all tensors to be on the same device")
+        if func is Tensor.to:
+            return args[0].as_subclass(Tensor)
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_images_held_and_images_spilled_share_a_batch_on_the_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files are read on the CPU, also where the other images are on a GPU."""
+    read = _FileBatch.__getitem__
+    monkeypatch.setattr(_FileBatch, "__getitem__", lambda self, row: read(self, row).as_subclass(_OnAnotherDevice))
+    x = torch.randn(6, 4, 3, generator=torch.Generator().manual_seed(0))
+    store = ActivationStore(3 * 4 * 3 * 4, tmp_path)
+    for batch in x.split(1):
+        store.append(batch)
+    assert store.spilled
+    assert store.held
+    assert not store.resident
+    assert torch.equal(store.gather([4, 0, 5, 1]), x[[4, 0, 5, 1]])
+    assert torch.equal(torch.cat(list(store.batches(4))), x)
+    pair = store.map(split, 4, "split")
+    assert torch.equal(torch.cat([first for first, _ in pair.batches(5)]), 2 * x)
+    assert torch.equal(torch.cat([second for _, second in pair.batches(5)]), x)
 
 
 def test_what_is_handed_on_is_shared_and_not_copied() -> None:
