@@ -9,10 +9,12 @@ from pathlib import Path
 import pandas as pd
 
 from iasvit.errors import IasvitError
-from iasvit.leaderboard import Document, kind_of, model_rank, slug
+from iasvit.measured import kind_of
 from iasvit.page import Value
 from iasvit.plots import accuracy_by_bits, accuracy_by_seconds, layer_errors, loss_surface
 from iasvit.results import primary_metrics
+from iasvit.staleness import STALE_MARKS, stale_notes
+from iasvit.tables import Document, beside_published, model_rank, slug
 
 
 def plots(documents: Iterable[Document]) -> dict[str, str]:
@@ -87,8 +89,11 @@ def _measured(document: Document) -> list[Value]:
         best = competing.groupby("column")[metric].max()
         for cell in cells.to_dict("records"):
             failed = not cell["n"]
-            marks = ["failed"] * failed + ["stale"] * bool(cell["stale"])
             gap = cell[metric] - cell.get(f"fp_{metric}", float("nan"))
+            notes = ["failed"] * failed + [STALE_MARKS[cell["stale"]]] * bool(cell["stale"])
+            if not failed and pd.notna(published := cell.get(f"published_{metric}")):
+                notes.append(f"({beside_published(cell[metric], published)})")
+            settings = cell["settings"].replace(";", ", ")
             values.append(
                 Value(
                     kind=kind_of(dataset)[0].upper() + kind_of(dataset)[1:],
@@ -103,8 +108,8 @@ def _measured(document: Document) -> list[Value]:
                     gap=_number(gap),
                     seeds=int(cell["n"]),
                     seconds=_number(cell["quantization_seconds"]),
-                    how=f"{cell['settings'].replace(';', ', ')}\n{cell['command']}",
-                    note=" ".join(marks),
+                    how="\n".join([settings, cell["command"], *stale_notes(pd.DataFrame([cell]))]),
+                    note=" ".join(notes),
                     best=not failed and not cell["weights_only"] and cell[metric] == best[cell["column"]],
                 )
             )

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from iasvit.cli import main, make_app
 from iasvit.errors import IasvitError
 from iasvit.harness import estimate, exit_status, format_estimates, run_cells
-from iasvit.leaderboard import table
+from iasvit.measured import table
 from iasvit.methods import list_methods
 from iasvit.progress import Progress
 from iasvit.results import ResultStore, Row

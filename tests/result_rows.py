@@ -1,4 +1,4 @@
-"""Result rows for the tests of store and leaderboard; no torch here, so that writers in processes start fast."""
+"""Result rows for the tests of store and leaderboard, without torch, so that writers in processes start fast."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from iasvit.results import ResultStore, Row
+
+PUBLISHED_HEADER = "task,model,method,w_bits,a_bits,metric,value,source\n"
 
 
 def make_row(**values: Any) -> Row:
@@ -27,6 +29,12 @@ def make_row(**values: Any) -> Row:
         **{"status": "ok", "reason": "", "time": "2026-01-01T00:00:00Z"},
     }
     return {**row, **values}
+
+
+def line_of(text: str, start: str) -> list[str]:
+    """The cells of the first table line that starts so, without padding."""
+    line = next(line for line in text.splitlines() if line.startswith(f"| {start} "))
+    return [cell.strip() for cell in line.strip("|").split("|")]
 
 
 def append_rows(folder: Path, writer: int, count: int, metric: str | None) -> None:

@@ -5,30 +5,21 @@ from __future__ import annotations
 import statistics
 from pathlib import Path
 
-import pandas as pd
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from result_rows import make_row
+from result_rows import PUBLISHED_HEADER, line_of, make_row
 
-from iasvit import leaderboard
+from iasvit import staleness
 from iasvit.errors import IasvitError
-from iasvit.leaderboard import measured_documents, published_documents, read_published, table, write_leaderboard
+from iasvit.leaderboard import write_leaderboard
+from iasvit.measured import measured_documents, table
 from iasvit.results import ResultStore, Row
-
-ROOT = Path(__file__).parent.parent
-HEADER = "task,model,method,w_bits,a_bits,metric,value,source\n"
 
 
 @pytest.fixture(autouse=True)
 def _current_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(leaderboard, "_current_code", lambda method: "def")
-
-
-def line_of(text: str, start: str) -> list[str]:
-    """The cells of the first table line that starts so, without padding."""
-    line = next(line for line in text.splitlines() if line.startswith(f"| {start} "))
-    return [cell.strip() for cell in line.strip("|").split("|")]
+    monkeypatch.setattr(staleness, "current_code", lambda method: "def")
 
 
 def store_rows(folder: Path, rows: list[Row]) -> None:
@@ -59,7 +50,7 @@ def test_the_data_file_has_every_aggregate() -> None:
     (document,) = measured_documents(grid_rows())
     data = document.frame.set_index(["method", "model"]).loc[("noise", "vit_s")]
     assert (data["top1"], data["top1_std"], data["fp_top1"], data["gap_top1"]) == (71.0, 1.0, 80.0, -9.0)
-    assert (data["n"], data["failed"], data["stale"], data["agreement"]) == (3, 0, False, 90.0)
+    assert (data["n"], data["failed"], data["stale"], data["agreement"]) == (3, 0, "no", 90.0)
     assert (data["quantization_seconds"], data["packed_bytes"], data["split_size"]) == (3.0, 30, 20)
 
 
@@ -89,22 +80,6 @@ def test_a_failure_does_not_outlive_a_later_success() -> None:
     rows = [make_row(status="failed", reason="x", top1=None), make_row(time="2026-01-02T00:00:00Z")]
     (document,) = measured_documents(rows)
     assert "failed" not in document.sections
-
-
-def test_rows_of_other_code_are_marked() -> None:
-    rows = [make_row(), make_row(model="swin_t", code_hash="old")]
-    (document,) = measured_documents(rows)
-    assert line_of(document.sections, "noise")[1:] == ["**70.00** (-10.00)", "**70.00**† (-10.00)"]
-    assert "† measured by other code" in document.sections
-    assert document.frame["stale"].tolist() == [True, False]  # sorted by model's name
-
-
-def test_the_present_code_of_a_method_is_its_hash(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()
-    from iasvit.provenance import code_hash
-
-    assert leaderboard._current_code("ias_vit[-sulq]") == code_hash("iasvit.sos")
-    assert leaderboard._current_code("gone") is None
 
 
 def test_data_sets_bits_and_split_sizes_never_share_a_table() -> None:
@@ -220,7 +195,7 @@ def write_all(tmp_path: Path, out: str, order: int = 1, readme: Path | None = No
     store_rows(runs, rows[:5])
     store_rows(runs / "reference", rows[5:])
     (tmp_path / "published.csv").write_text(
-        HEADER + "imagenet,vit_s,fp32,32,32,top1,81,x\nimagenet,vit_s,a,3,3,top1,1,x\n"
+        PUBLISHED_HEADER + "imagenet,vit_s,fp32,32,32,top1,81,x\nimagenet,vit_s,a,3,3,top1,1,x\n"
     )
     write_leaderboard(runs, tmp_path / "published.csv", tmp_path / out, readme)
     found = [path for path in sorted((tmp_path / out).rglob("*")) if path.is_file()]
@@ -313,62 +288,6 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None
     (tmp_path / "a").touch()
     with pytest.raises(IasvitError, match="cannot be written"):
         write_leaderboard(tmp_path / "none", tmp_path / "none.csv", tmp_path / "a")
-
-
-# Published values
-
-
-def test_the_published_values_are_sound() -> None:
-    published = read_published(ROOT / "results" / "published.csv")
-    assert len(published) > 250
-    assert set(published["task"]) == {"imagenet", "coco"}
-    assert published["value"].between(0.1, 100).all()
-    ias_vit = published[
-        (published["method"] == "ias_vit") & (published["w_bits"] == 3) & (published["model"] == "deit_s")
-    ]
-    assert ias_vit["value"].tolist() == [55.78]
-    full = published[published["method"] == "fp32"].set_index(["model", "metric"])["value"]
-    quantized = published[published["method"] != "fp32"]
-    best = quantized.groupby(["model", "metric"])["value"].max()
-    assert (best <= full.reindex(best.index) + 0.5).all()  # every model has its full precision, and little exceeds it
-
-
-def test_the_published_values_equal_the_shared_reference() -> None:
-    reference = ROOT.parent / "shared" / "reference" / "published.csv"
-    if not reference.is_file():
-        pytest.skip("no shared reference beside the project")
-    assert (ROOT / "results" / "published.csv").read_bytes() == reference.read_bytes()
-
-
-def test_published_tables_have_gap_best_and_source(tmp_path: Path) -> None:
-    path = tmp_path / "p.csv"
-    lines = ["imagenet,swin_b,a,4,4,top1,50,Paper A", "imagenet,vit_s,b,4,4,top1,60.5,Paper B"]
-    lines += ["imagenet,vit_s,a,4,4,top1,60,Paper A", "imagenet,vit_s,fp32,32,32,top1,81.39,Paper A"]
-    path.write_text(HEADER + "\n".join(lines) + "\n")
-    (document,) = published_documents(read_published(path))
-    assert line_of(document.sections, "fp32") == ["fp32", "81.39", "–"]
-    assert line_of(document.sections, "a") == ["a", "<u>60.00</u> (-21.39)", "**50.00**"]
-    assert line_of(document.sections, "b") == ["b", "**60.50** (-20.89)", "–"]
-    assert "- Paper A: a.\n- Paper B: b." in document.sections
-    assert isinstance(document.frame, pd.DataFrame)
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("imagenet,vit_s,a,3,3,top1,101,x", "line 3: value is '101', but 0 to 100"),
-        ("imagenet,vit_s,a,3,3,top1,n/a,x", "line 3: value is 'n/a'"),
-        ("imagenet,vit_s,a,three,3,top1,1,x", "line 3: w_bits is 'three'"),
-        ("imagenet,vit_s,a,3,3,top1,1,", "line 3 names no source"),
-        ("imagenet,vit_s,b,3,3,top1,2,y", "line 3 repeats the cell"),
-        ("imagenet,vit_s,b,3,3,top1,2,y,z,1", "cannot be read as CSV"),
-    ],
-)
-def test_a_wrong_published_line_is_named(tmp_path: Path, line: str, message: str) -> None:
-    path = tmp_path / "p.csv"
-    path.write_text(HEADER + "imagenet,vit_s,b,3,3,top1,1,x\n" + line + "\n")
-    with pytest.raises(IasvitError, match=message):
-        read_published(path)
 
 
 # Plots
