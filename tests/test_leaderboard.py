@@ -15,6 +15,9 @@ from iasvit.errors import IasvitError
 from iasvit.leaderboard import write_leaderboard
 from iasvit.measured import measured_documents, table
 from iasvit.results import ResultStore, Row
+from iasvit.views import drawn_files
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(autouse=True)
@@ -350,3 +353,29 @@ def test_a_loss_surface_is_drawn_where_it_was_measured(tmp_path: Path) -> None:
     drawn = plotted(tmp_path)["loss-surface-deit_t-w3a3.svg"]
     assert "direct" in drawn
     assert "stage 1" in drawn
+
+
+def test_code_grids_are_drawn_where_they_were_measured(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    lines = [f"deit_t,3 bits,4,values,{i},{2.0 ** (i - 3)},0.2" for i in range(3)]
+    lines += [
+        f"deit_t,3 bits,4,{name},{i},{value},0.5" for name in ("uniform", "SULQ") for i, value in ((0, 0), (1, 1))
+    ]
+    path = tmp_path / "out" / "mini_attention.csv"
+    path.write_text("\n".join(["model,bits,block,series,code,value,share", *lines]))
+    drawn = plotted(tmp_path)["code-grids-deit_t-3-bits.svg"]
+    for text in ("mini deit_t, 3 bits", "uniform", "SULQ", "values, by half octave"):
+        assert text in drawn
+    assert plotted(tmp_path)["code-grids-deit_t-3-bits.svg"] == drawn
+    path.write_text("model,bits\ndeit_t,3 bits\n")
+    with pytest.raises(IasvitError, match=r"is not of `python -m tasks\.mini\.attention`"):
+        plotted(tmp_path)
+
+
+def test_the_committed_measurements_are_drawn_the_same_twice() -> None:
+    drawn = drawn_files(ROOT / "results")
+    grids = "code-grids-deit_t-3-bits.svg"
+    assert {grids, "layer-errors-deit_t-w3a3.svg", "loss-surface-deit_t-w3a3.svg"} <= set(drawn)
+    for name in ("uniform", "log2", "log-sqrt2", "SULQ"):
+        assert f">{name}: codes<" in drawn[grids]
+    assert drawn_files(ROOT / "results") == drawn
