@@ -9,14 +9,14 @@ from pathlib import Path
 
 _TEMPLATE = Path(__file__).with_name("page.html")
 _COLUMNS = {  # key → (heading, is a number)
-    "task": ("task", False),
-    "dataset": ("data set", False),
-    "bits": ("bits", False),
     "method": ("method", False),
     "model": ("model", False),
-    "metric": ("metric", False),
+    "bits": ("bits", False),
     "value": ("value", True),
     "gap": ("to fp32", True),
+    "metric": ("metric", False),
+    "task": ("task", False),
+    "dataset": ("data set", False),
     "seeds": ("seeds", True),
     "seconds": ("seconds", True),
     "how": ("how", False),
@@ -120,7 +120,7 @@ def _row(place: int, value: Value) -> str:
             exact = {"value": shown}.get(key, texts[key])
             cells.append(f'<td class="number {key}" data-value="{exact}">{escape(texts[key])}</td>')
         else:
-            cells.append(f"<td>{escape(getattr(value, key))}</td>")
+            cells.append(f"<td>{escape(getattr(value, key)).replace('_', '_<wbr>')}</td>")
     data = "".join(f' data-{name}="{escape(getattr(value, name))}"' for name in _FILTERS)
     best = ' class="best"' if value.best else ""
     return f'<tr data-place="{place}"{best}{data}>{"".join(cells)}</tr>'

@@ -24,20 +24,25 @@ _STYLE = {
     "legend.frameon": False,
 }
 _MARKERS = "osD^vPX*<>"
+_ACROSS = 4  # axes in a row
 
 
 @contextmanager
-def _figure(columns: int, title: str, sharey: bool = True) -> Iterator[tuple[Figure, Sequence[Axes]]]:
-    """A row of axes; no window and no global state."""
+def _figure(count: int, title: str, sharey: bool = True) -> Iterator[tuple[Figure, Sequence[Axes]]]:
+    """Axes in rows of _ACROSS; no window and no global state."""
     import matplotlib as mpl
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(1.2 + 2.5 * columns, 3.4), layout="constrained")
+        rows, columns = -(-count // _ACROSS), min(count, _ACROSS)
+        figure = Figure(figsize=(1.2 + 2.5 * columns, 0.8 + 2.6 * rows), layout="constrained")
         FigureCanvasSVG(figure)
         figure.suptitle(title, fontsize=10)
-        yield figure, figure.subplots(1, columns, sharey=sharey, squeeze=False)[0]
+        axes = list(figure.subplots(rows, columns, sharey=sharey, squeeze=False).flat)
+        for ax in axes[count:]:
+            ax.remove()
+        yield figure, axes[:count]
 
 
 def _svg(figure: Figure, axes: Sequence[Axes]) -> str:
@@ -80,7 +85,8 @@ def accuracy_by_bits(cells: pd.DataFrame, metric: str, models: Sequence[str], ti
             ax.set_xticks(range(len(specs)), specs)
             ax.set_xlim(-0.3, len(specs) - 0.7)
             ax.set_title(model, fontsize=9)
-        axes[0].set_ylabel(metric)
+        for ax in axes[::_ACROSS]:
+            ax.set_ylabel(metric)
         return _svg(figure, axes)
 
 
@@ -94,13 +100,16 @@ def accuracy_by_seconds(cells: pd.DataFrame, metric: str, models: Sequence[str],
         models: in the order of the axes.
         title: above all.
     """
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     looks = _looks(sorted(cells["line"].unique()))
     with _figure(len(models), title) as (figure, axes):
         for ax, model in zip(axes, models, strict=True):
             here = cells[cells["model"] == model].sort_values(["quantization_seconds", "line"])
             competing = here[~here["weights_only"].astype(bool)]
             front = competing[competing[metric] > competing[metric].cummax().shift(fill_value=float("-inf"))]
-            ax.plot(front["quantization_seconds"], front[metric], color="0.7", linewidth=1, drawstyle="steps-post")
+            where = (front["quantization_seconds"], front[metric])
+            ax.plot(*where, color="0.6", linewidth=1, drawstyle="steps-post", label="Pareto front")
             for cell in here.sort_values("line").to_dict("records"):
                 ax.plot(
                     cell["quantization_seconds"],
@@ -111,9 +120,13 @@ def accuracy_by_seconds(cells: pd.DataFrame, metric: str, models: Sequence[str],
                     **looks[cell["line"]],
                 )
             ax.set_xscale("log")
+            ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            ax.xaxis.set_major_formatter(lambda seconds, _: f"{seconds:g}")
+            ax.xaxis.set_minor_formatter(NullFormatter())
             ax.set_title(model, fontsize=9)
             ax.set_xlabel("seconds of quantization")
-        axes[0].set_ylabel(metric)
+        for ax in axes[::_ACROSS]:
+            ax.set_ylabel(metric)
         return _svg(figure, axes)
 
 
@@ -185,4 +198,31 @@ def loss_surface(losses: pd.DataFrame, title: str) -> str:
             ax.set_xlabel("α")
         axes[0].set_ylabel("β")
         figure.colorbar(drawn, ax=list(axes), label="mean squared error of the block's output")
+        return _svg(figure, axes)
+
+
+def code_grids(shares: pd.DataFrame, title: str) -> str:
+    """The distribution of post-softmax values, and over it the code grid of each quantizer, an axis for each.
+
+    Args:
+        shares: columns series ("values" for the distribution, else the quantizer), value and share of one model
+            (`python -m tasks.mini.attention`); bins are half an octave wide.
+        title: above all.
+    """
+    bins = shares[shares["series"] == "values"].sort_values("value")
+    edges = [*bins["value"], bins["value"].max() * 2**0.5]
+    grids = shares[shares["series"] != "values"]
+    names = grids["series"].drop_duplicates().tolist()
+    with _figure(len(names), title) as (figure, axes):
+        figure.set_size_inches(1.2 + 2.9 * len(names), 3.6)
+        for i, (ax, name) in enumerate(zip(axes, names, strict=True)):
+            grid = grids[grids["series"] == name]
+            places = grid["value"].clip(lower=edges[0])
+            ax.stairs(bins["share"], edges, fill=True, color="0.8", label="values, by half octave")
+            ax.vlines(places, 0, grid["share"], color=f"C{i}", linewidth=1)
+            ax.plot(places, grid["share"], linestyle="", markersize=5, label=f"{name}: codes", **_looks(names)[name])
+            ax.set_xscale("log", base=2)
+            ax.set_title(name, fontsize=9)
+            ax.set_xlabel("value (0 and below: left edge)")
+        axes[0].set_ylabel("share of values")
         return _svg(figure, axes)

@@ -123,7 +123,9 @@ def read_rows(path: Path) -> tuple[list[Row], list[str]]:
         IasvitError: the file cannot be read.
     """
     try:
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH)  # not between the halves of a row that another process appends
+            data = file.read()
     except OSError as error:
         raise IasvitError(f"{path} cannot be read: {error.strerror or error}") from error
     rows: list[Row] = []

@@ -11,7 +11,7 @@ import pandas as pd
 from iasvit.errors import IasvitError
 from iasvit.measured import kind_of
 from iasvit.page import Value
-from iasvit.plots import accuracy_by_bits, accuracy_by_seconds, layer_errors, loss_surface
+from iasvit.plots import accuracy_by_bits, accuracy_by_seconds, code_grids, layer_errors, loss_surface
 from iasvit.results import primary_metrics
 from iasvit.staleness import STALE_MARKS, stale_notes
 from iasvit.tables import Document, beside_published, model_rank, slug
@@ -48,7 +48,7 @@ def plots(documents: Iterable[Document]) -> dict[str, str]:
 
 
 def drawn_files(folder: Path) -> dict[str, str]:
-    """File name → SVG: errors by layer and loss surfaces, from what `tasks.mini` measured into the folder.
+    """File name → SVG: errors by layer, loss surfaces and code grids, from what `tasks.mini` measured into the folder.
 
     Raises:
         IasvitError: a file is there, but not as its script writes it.
@@ -56,6 +56,7 @@ def drawn_files(folder: Path) -> dict[str, str]:
     return {
         **_drawn(folder / "mini_errors.csv", "errors", "layer-errors", layer_errors, "error by layer"),
         **_drawn(folder / "mini_surface.csv", "surface", "loss-surface", loss_surface, "loss around a block's weights"),
+        **_drawn(folder / "mini_attention.csv", "attention", "code-grids", code_grids, "post-softmax values and codes"),
     }
 
 

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import random
+import re
 import statistics
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from result_rows import PUBLISHED_HEADER, line_of, make_row
+from result_rows import PUBLISHED_HEADER, append_rows, line_of, make_row
 
 from iasvit import staleness
 from iasvit.errors import IasvitError
 from iasvit.leaderboard import write_leaderboard
 from iasvit.measured import measured_documents, table
-from iasvit.results import ResultStore, Row
+from iasvit.results import Key, ResultStore, Row, read_rows
+from iasvit.views import drawn_files
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(autouse=True)
@@ -113,14 +120,35 @@ def test_settings_and_weights_are_never_averaged_over() -> None:
     assert "- noise (iterations=9): calib_size=8, iterations=9, lr=2." in document.sections
 
 
-def test_two_primary_metrics_are_two_tables() -> None:
-    row = make_row(bbox_mAP=40.0, fp_bbox_mAP=46.0, segm_mAP=38.0, fp_segm_mAP=41.6)
-    for name in ("top1", "top1_se", "fp_top1", "agreement"):
-        del row[name]
-    (document,) = measured_documents([row])
-    assert document.sections.count("| noise") == 2
-    assert "**40.00** (-6.00)" in document.sections
-    assert "**38.00** (-3.60)" in document.sections
+def detector_row(box: float, mask: float, **values: object) -> Row:
+    row = make_row(**{"task": "coco", "model": "mask_rcnn_swin_t", **values})
+    row |= {"bbox_mAP": box, "bbox_mAP_50": 60.0, "segm_mAP": mask, "fp_bbox_mAP": 46.0, "fp_segm_mAP": 41.6}
+    return {name: value for name, value in row.items() if name not in ("top1", "top1_se", "fp_top1", "agreement")}
+
+
+def test_a_detector_has_a_table_of_boxes_and_one_of_masks(tmp_path: Path) -> None:
+    rows = [detector_row(40.0, 38.0), detector_row(39.0, 38.5, method="other")]
+    rows += [detector_row(41.0, 37.0, model="cascade_mask_rcnn_swin_t")]
+    (document,) = measured_documents(rows)
+    boxes, masks = document.sections.split("segm_mAP, 20 images")
+    assert "bbox_mAP, 20 images" in boxes
+    assert line_of(boxes, "method") == ["method", "mask_rcnn_swin_t", "cascade_mask_rcnn_swin_t"]
+    assert line_of(boxes, "fp32") == ["fp32", "46.00", "46.00"]
+    assert line_of(boxes, "noise") == ["noise", "**40.00** (-6.00)", "**41.00** (-5.00)"]
+    assert line_of(boxes, "other") == ["other", "<u>39.00</u> (-7.00)", "–"]
+    assert line_of(masks, "noise")[1] == "<u>38.00</u> (-3.60)"
+    assert line_of(masks, "other")[1] == "**38.50** (-3.10)"
+    assert "bbox_mAP_50:" in document.details
+    store_rows(tmp_path / "runs", [*rows, make_row(task="imagenet")])
+    write_leaderboard(tmp_path / "runs", tmp_path / "none.csv", tmp_path / "out")
+    plots = {path.name for path in (tmp_path / "out" / "plots").iterdir()}
+    assert {"coco-mini-bbox_map-w3a3-seconds.svg", "coco-mini-segm_map-w3a3-seconds.svg"} <= plots
+    html = (tmp_path / "out" / "index.html").read_text()
+    row = re.search(r'data-method="noise" data-model="mask_rcnn_swin_t">.*', html)[0]
+    assert '<td class="number value" data-value="40.00">40.00</td>' in row
+    assert "<td>bbox_<wbr>mAP</td><td>coco</td>" in row
+    assert html.count('data-task="coco"') == 6
+    assert html.count('data-task="imagenet"') == 1
 
 
 def test_images_that_could_not_be_read_are_said() -> None:
@@ -186,6 +214,17 @@ def test_aggregates_equal_a_plain_computation(rows: list[dict]) -> None:
             assert cell["top1_std"] == pytest.approx(statistics.stdev(values), abs=1e-4)
 
 
+@given(stores(), st.randoms(use_true_random=False))
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_the_order_of_rows_changes_nothing(rows: list[dict], random: random.Random) -> None:
+    """Also of rows that several processes measured in the same second by different commands."""
+    keys = {Key.of(row): {**row, "command": f"python {i}.py", "time": "2026"} for i, row in enumerate(rows)}
+    same_second = list(keys.values())
+    first = [document.markdown() + document.frame.to_csv() for document in measured_documents(same_second)]
+    random.shuffle(same_second)
+    assert [document.markdown() + document.frame.to_csv() for document in measured_documents(same_second)] == first
+
+
 # Files
 
 
@@ -239,14 +278,47 @@ def test_a_table_without_rows_goes_and_other_files_stay(tmp_path: Path) -> None:
     ]
 
 
-def test_a_malformed_row_is_reported_and_the_rest_is_there(tmp_path: Path) -> None:
+def test_malformed_rows_are_reported_by_line_and_the_rest_is_there(tmp_path: Path) -> None:
     store_rows(tmp_path / "runs", grid_rows())
     path = tmp_path / "runs" / "fake-mini.csv"
-    path.write_text(path.read_text() + "cut off")
+    lines = path.read_text().splitlines()
+    lines[3] = lines[3].replace(",72.0,", ",seventy,")  # the third seed of noise on vit_s
+    path.write_text("\n".join([*lines, "cut off"]))
     reports: list[str] = []
     write_leaderboard(tmp_path / "runs", tmp_path / "none.csv", tmp_path / "out", None, reports.append)
-    assert reports == [f"{path} line 12 was cut off while it was written; row left out"]
-    assert "71.00 ± 1.00" in (tmp_path / "out" / "fake-mini-w3a3.md").read_text()
+    assert reports == [
+        f"{path} line 4 is malformed (could not convert string to float: 'seventy'); row left out",
+        f"{path} line 12 was cut off while it was written; row left out",
+    ]
+    sections = (tmp_path / "out" / "fake-mini-w3a3.md").read_text()
+    assert line_of(sections, "noise")[1:] == [
+        "<u>70.50 ± 0.71</u> (-9.50, n=2)",
+        "**60.00 ± 0.00** (-21.00, n=3)",
+    ]
+
+
+def test_appending_while_the_leaderboard_runs_loses_nothing(tmp_path: Path) -> None:
+    """Nor does a row that is half written while it is read pass for a malformed one, columns being added or not."""
+    runs, out = tmp_path / "runs", tmp_path / "out"
+    context = multiprocessing.get_context("spawn")
+    writers = [context.Process(target=append_rows, args=(runs, w, 40, f"metric{w}" if w else None)) for w in range(3)]
+    for writer in writers:
+        writer.start()
+    reports: list[str] = []
+    counts = [0]
+    while any(writer.is_alive() for writer in writers):
+        write_leaderboard(runs, tmp_path / "none.csv", out, None, reports.append)
+        path = out / "fake-mini-w3a3.csv"
+        counts.append(pd.read_csv(path)["n"].sum() if path.is_file() else 0)
+    for writer in writers:
+        writer.join()
+        assert writer.exitcode == 0
+    assert reports == []
+    assert counts == sorted(counts)
+    write_leaderboard(runs, tmp_path / "none.csv", out, None, reports.append)
+    assert pd.read_csv(out / "fake-mini-w3a3.csv")["n"].tolist() == [120]
+    rows, _ = read_rows(runs / "fake-mini.csv")
+    assert len(rows) == 120
 
 
 def test_readme_gets_its_tables_between_markers(tmp_path: Path) -> None:
@@ -350,3 +422,29 @@ def test_a_loss_surface_is_drawn_where_it_was_measured(tmp_path: Path) -> None:
     drawn = plotted(tmp_path)["loss-surface-deit_t-w3a3.svg"]
     assert "direct" in drawn
     assert "stage 1" in drawn
+
+
+def test_code_grids_are_drawn_where_they_were_measured(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    lines = [f"deit_t,3 bits,4,values,{i},{2.0 ** (i - 3)},0.2" for i in range(3)]
+    lines += [
+        f"deit_t,3 bits,4,{name},{i},{value},0.5" for name in ("uniform", "SULQ") for i, value in ((0, 0), (1, 1))
+    ]
+    path = tmp_path / "out" / "mini_attention.csv"
+    path.write_text("\n".join(["model,bits,block,series,code,value,share", *lines]))
+    drawn = plotted(tmp_path)["code-grids-deit_t-3-bits.svg"]
+    for text in ("mini deit_t, 3 bits", "uniform", "SULQ", "values, by half octave"):
+        assert text in drawn
+    assert plotted(tmp_path)["code-grids-deit_t-3-bits.svg"] == drawn
+    path.write_text("model,bits\ndeit_t,3 bits\n")
+    with pytest.raises(IasvitError, match=r"is not of `python -m tasks\.mini\.attention`"):
+        plotted(tmp_path)
+
+
+def test_the_committed_measurements_are_drawn_the_same_twice() -> None:
+    drawn = drawn_files(ROOT / "results")
+    grids = "code-grids-deit_t-3-bits.svg"
+    assert {grids, "layer-errors-deit_t-w3a3.svg", "loss-surface-deit_t-w3a3.svg"} <= set(drawn)
+    for name in ("uniform", "log2", "log-sqrt2", "SULQ"):
+        assert f">{name}: codes<" in drawn[grids]
+    assert drawn_files(ROOT / "results") == drawn

@@ -35,6 +35,7 @@ VALUES = [
     value(10.0, "a", best=True),
     value(None, "c", note="failed"),
     value(50.0, "a", "W4A4"),
+    value(40.0, "d", "W6A6", task="coco", model="mask_rcnn_swin_t", metric="bbox_mAP"),
     value(60.0, "paper <b>", "W4A4", kind="Published", dataset="", how="arXiv:1 & 2"),
 ]
 
@@ -51,7 +52,7 @@ def shown(html: str) -> dict[str, list[str]]:
 
 def test_the_page_holds_every_value_and_escapes_what_it_is_given() -> None:
     html = page(VALUES, ["plots/x.svg"])
-    assert shown(html) == {"Measured": ["b", "a", "c", "a"], "Published": ["paper &lt;b&gt;"]}
+    assert shown(html) == {"Measured": ["b", "a", "c", "a", "d"], "Published": ["paper &lt;b&gt;"]}
     assert '<td class="number value" data-value="9.50">9.50 ± 1.25</td>' in html
     assert '<td class="number gap" data-value="-70.50">-70.50</td>' in html
     assert '<td class="number value" data-value="">failed</td>' in html
@@ -79,20 +80,22 @@ def browse(folder: Path, address: str = "", script: str = "") -> str:
 @pytest.mark.parametrize(
     ("address", "script", "expected"),
     [
-        ("", "", {"Measured": ["b", "a", "c", "a"], "Published": ["paper &lt;b&gt;"]}),
+        ("", "", {"Measured": ["b", "a", "c", "a", "d"], "Published": ["paper &lt;b&gt;"]}),
         ("#bits=W3A3&sort=value", "", {"Measured": ["b", "a", "c"]}),
-        ("#dataset=mini&sort=value&order=descending", "", {"Measured": ["a", "a", "b", "c"]}),
-        ("#task=coco", "", {}),
+        ("#dataset=mini&sort=value&order=descending", "", {"Measured": ["a", "d", "a", "b", "c"]}),
+        ("#task=coco", "", {"Measured": ["d"]}),
+        ("#task=coco&bits=W3A3", "", {}),
+        ("#task=imagenet&method=a&bits=W4A4", "", {"Measured": ["a"]}),
         # One click on a heading of numbers sorts descending, the next ascending; the failed cell stays last.
         ("", "document.querySelectorAll('th[data-key=value] button')[0].click()",
-         {"Measured": ["a", "a", "b", "c"], "Published": ["paper &lt;b&gt;"]}),
+         {"Measured": ["a", "d", "a", "b", "c"], "Published": ["paper &lt;b&gt;"]}),
         ("#bits=W3A3", "for (let i of [1, 2]) document.querySelector('th[data-key=value] button').click()",
          {"Measured": ["b", "a", "c"]}),
         ("#bits=W3A3", "document.querySelector('th[data-key=method] button').click()", {"Measured": ["a", "b", "c"]}),
         ("", "const s = document.forms[0].elements.method; s.value = 'a'; "
              "s.dispatchEvent(new Event('change', {bubbles: true}))", {"Measured": ["a", "a"]}),
         ("#bits=W4A4", "document.forms[0].reset()",
-         {"Measured": ["b", "a", "c", "a"], "Published": ["paper &lt;b&gt;"]}),
+         {"Measured": ["b", "a", "c", "a", "d"], "Published": ["paper &lt;b&gt;"]}),
     ],
 )  # fmt: skip
 def test_sorting_and_filtering_in_a_browser(
