@@ -15,6 +15,13 @@ from iasvit.results import Row, read_rows, warn
 from iasvit.tables import MADE, Document
 from iasvit.views import drawn_files, page_values, plots
 
+# What a reader of the CSV files cannot guess.
+_COLUMNS = (
+    'In the CSV files `stale` is "no" for values of the present code, "same values" (‡) for those of earlier code that '
+    'gave the same to the last digit in all cells that both measured, of which there are `compared`, and "yes" (†) for '
+    "those of any other code. `gap_` columns are value - full precision, `gap_published_` columns value - published."
+)
+
 
 def write_leaderboard(
     runs: Path, published: Path, out: Path, readme: Path | None = None, report: Callable[[str], None] = warn
@@ -82,6 +89,8 @@ def _index(documents: Sequence[Document], drawn: Iterable[str]) -> str:
                 "[Sortable, on one page](index.html)",
                 "",
                 *lines,
+                "",
+                _COLUMNS,
                 *(f"\n{image}" for image in images),
             ]
         )

@@ -67,6 +67,7 @@ def measured_documents(rows: Iterable[Row], published: pd.DataFrame | None = Non
 
 
 def kind_of(dataset: str) -> str:
+    """What headings say of numbers measured on this data set."""
     if dataset == "mini-hard":
         return (
             "measured on mini-hard, the embedded benchmark's stress variant (a real ViT's channel spread transplanted)"

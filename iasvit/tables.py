@@ -45,6 +45,7 @@ class Document:
 
 
 def slug(text: str) -> str:
+    """The text as part of a file name: lower case, "-" for all but letters, digits and "_"."""
     return re.sub(r"[^a-z0-9_]+", "-", text.lower()).strip("-")
 
 
@@ -59,7 +60,7 @@ def grid(cells: pd.DataFrame, metric: str, marked: int = 2) -> str:
     lines = sorted(cells["line"].unique())
     by_place = {(cell["line"], cell["column"]): cell for cell in cells.to_dict("records")}
     top = {column: _top(cells[cells["column"] == column], metric, digits)[:marked] for column in columns}
-    same_n = cells["n"].nunique() == 1
+    same_n = cells.loc[cells["n"] > 0, "n"].nunique() <= 1
     grid = [["method", *columns]]
     if f"fp_{metric}" in cells:
         grid.append(["fp32", *(_full_precision(cells[cells["column"] == c], metric, digits) for c in columns)])
@@ -78,6 +79,7 @@ def grid(cells: pd.DataFrame, metric: str, marked: int = 2) -> str:
 
 
 def model_rank(name: str) -> int:
+    """A model's place in the papers' order of columns; those that the papers have not are last."""
     base = name.split(" [")[0]
     return _MODELS.index(base) if base in _MODELS else len(_MODELS)
 

@@ -76,7 +76,7 @@ def test_failed_cells_say_so() -> None:
     broken = {"status": "failed", "reason": "layer 'fc' puts out NaN", "top1": None, "agreement": None}
     rows = [*grid_rows(), make_row(model="deit_t", **broken), make_row(model="vit_s", seed=3, **broken)]
     (document,) = measured_documents(rows)
-    assert line_of(document.sections, "noise")[1:3] == ["<u>71.00 ± 1.00</u> (-9.00, n=3, 1 failed)", "failed"]
+    assert line_of(document.sections, "noise")[1:3] == ["<u>71.00 ± 1.00</u> (-9.00, 1 failed)", "failed"]
     assert "- noise on deit_t, seed 0, failed: layer 'fc' puts out NaN" in document.sections
     (only,) = measured_documents([make_row(**broken)])
     assert line_of(only.sections, "noise") == ["noise", "failed"]

@@ -9,9 +9,11 @@ from result_rows import line_of, make_row
 
 from iasvit import staleness
 from iasvit.measured import measured_documents
+from iasvit.page import page
 from iasvit.results import Row
 from iasvit.staleness import equal_code
 from iasvit.tables import Document
+from iasvit.views import page_values
 
 AGAIN = "2026-01-02T00:00:00Z"
 NOTE = "‡ measured by earlier code; the present code, measuring {} of the method's cells again, got the same values"
@@ -134,3 +136,20 @@ def test_a_cell_is_as_stale_as_the_stalest_of_its_seeds() -> None:
 def test_different_counts_are_said_by_method() -> None:
     rows = [{**row, "method": "b"} for row in [*both(), measured("old", seed=1), measured("new", seed=1)]]
     assert NOTE.format("1 (noise) or 2 (b)") in document(*both(), *rows).sections
+
+
+def test_the_page_bears_the_marks_and_says_why() -> None:
+    rows = [*both(), measured("older", model="vit_b")]
+    values = {value.model: value for value in page_values(measured_documents(rows))}
+    assert {model: value.note for model, value in values.items()} == {
+        "vit_s": "",
+        "deit_t": "‡",
+        "swin_t": "‡",
+        "vit_b": "†",
+    }
+    assert NOTE.format(1) in values["deit_t"].how
+    assert "measured by other code than the present" in values["vit_b"].how
+    assert "measured by" not in values["vit_s"].how
+    html = page(list(values.values()), [])
+    assert "70.00 ‡</td>" in html
+    assert "70.00 †</td>" in html
