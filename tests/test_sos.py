@@ -386,3 +386,49 @@ def test_resumed_in_the_middle_of_a_block_it_gives_the_same_bits(
     assert tiny_models.same_bits(expected.state_dict(), quantized.state_dict())
     assert torch.equal(expected(images), quantized(images))
     assert all(not parameter.requires_grad for parameter in quantized.parameters())
+
+
+def test_each_stage_is_a_phase_of_its_own(vit: nn.Module, images: Tensor) -> None:
+    for options, absent in ({"sos": True}, set()), ({"sos": False}, {1, 2}):
+        progress = Progress()
+        IASViT(iterations=1, batch_size=BATCH, **options).quantize(vit, images, W3A3, progress)
+        for stage in (1, 2, 3):
+            name = f"reconstruction, stage {stage}"
+            assert (name in progress.seconds) == (stage not in absent)
+            assert stage in absent or progress.seconds[name] > 0
+
+
+def test_autocast_learns_as_float32_does(vit: nn.Module, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products are in bfloat16; parameters stay in float32, the loss falls, and what is learnt is about the same."""
+    losses: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
+    products: dict[bool, set[torch.dtype]] = {False: set(), True: set()}
+    optimize = sos.optimize
+
+    def watched(run: Callable, parameters: list, inputs: ActivationStore, targets: ActivationStore, **kwargs: Any):  # noqa: ANN202
+        def noted(x: Tensor) -> Tensor:
+            y = run(x)
+            products[kwargs["autocast"]].add((x @ x.mT).dtype)
+            return y
+
+        def error() -> float:
+            with torch.no_grad():
+                return float((run(inputs.gather(range(12))) - targets.gather(range(12))).square().sum())
+
+        before = error()
+        result = optimize(noted, parameters, inputs, targets, **kwargs)
+        losses[kwargs["autocast"]].append((before, error()))
+        assert all(parameter.dtype == torch.float32 for parameter in parameters)
+        return result
+
+    monkeypatch.setattr(sos, "optimize", watched)
+    models = [
+        quantize(vit, images, QuantSpec(6, 6), iterations=30, lr=1e-3, autocast=autocast) for autocast in (False, True)
+    ]
+    assert products == {False: {torch.float32}, True: {torch.bfloat16}}
+    assert all(p.dtype == torch.float32 for p in models[1].parameters())
+    assert sum(after for _, after in losses[True]) < 0.95 * sum(before for before, _ in losses[True])
+    with torch.no_grad():
+        full, plain, cast = (model(images) for model in (vit, *models))
+    assert not torch.equal(plain, cast)
+    assert (cast - plain).square().mean() < 0.1 * full.var()
+    assert (cast - full).square().mean() < 1.5 * (plain - full).square().mean()

@@ -147,6 +147,34 @@ def small_run(out: Path, **changes: object) -> Run:
     return dataclasses.replace(run, **changes)
 
 
+def test_mask_rcnn_starts_from_the_first_stage_of_a_cascade(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trained = detectors.build("cascade_mask_rcnn_swin_t", seed=5)
+    path = detectors.checkpoint_path("cascade_mask_rcnn_swin_t", tmp_path)
+    zoo.save(trained, path, {})
+    model, start = train_detectors.start_model(small_run(tmp_path, init=path))
+    assert start == "cascade_mask_rcnn_swin_t"
+    state, source = model.state_dict(), zoo.as_stored(trained)
+    for key in ("roi_head.bbox_head.{}shared_fcs.0.weight", "roi_head.mask_head.{}convs.0.conv.weight"):
+        assert torch.equal(state[key.format("")], source[key.format("0.")].float())
+    for key, value in source.items():
+        if key.startswith(("backbone.", "neck.", "rpn_head.")):
+            assert torch.equal(state[key], value.to(state[key].dtype)), key
+    options = ["--steps", "1", "--out", str(tmp_path / "out"), "--init"]
+    other = ["--detector", "mask_rcnn_swin_s", *options, str(path)]
+    missing = ["--detector", "mask_rcnn_swin_t", *options, str(tmp_path / "mask_rcnn_swin_t.safetensors")]
+    backbone = ["--detector", "mask_rcnn_swin_t", *options, str(tmp_path / "swin_t.safetensors")]
+    for arguments, message in (
+        (other, "another backbone than mask_rcnn_swin_s"),
+        (missing, "mask_rcnn_swin_t.safetensors"),
+        (backbone, "swin_t"),
+    ):
+        assert train_detectors.main(arguments) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
 def test_turned_objects_are_the_objects_of_the_turned_image() -> None:
     scenes = pack("train", 0, 3)
     for row in range(3):

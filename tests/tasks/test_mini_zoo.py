@@ -205,6 +205,45 @@ def test_training_runs_and_repeats_to_the_bit(tmp_path: Path) -> None:
     assert not torch.equal(untrained["blocks.0.mlp.fc1.weight"].half(), trained["blocks.0.mlp.fc1.weight"])
 
 
+def test_training_starts_from_a_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "first.safetensors"
+    zoo.save(zoo.build("deit_t", 9), path, {})
+    arguments = [*SHORT, "--lr", "1e-12", "--weight-decay", "0", "--data", str(tmp_path / "data")]
+    for folder, more in (("random", []), ("started", ["--init", str(path)])):
+        assert train.main([*arguments, "--out", str(tmp_path / folder), *more]) == 0
+    given = load_file(path)
+    random, started = (load_file(zoo.checkpoint_path("deit_t", tmp_path / name)) for name in ("random", "started"))
+    key = "blocks.0.mlp.fc1.weight"
+    assert torch.equal(started[key], given[key])  # so small a rate moves nothing that half precision keeps
+    assert not torch.equal(random[key], given[key])
+    starts = []
+    for folder in ("random", "started"):
+        with (tmp_path / folder / train.LOG_NAME).open() as file:
+            starts += [row["start"] for row in csv.DictReader(file)]
+    assert starts == ["random", "first"]
+    assert zoo.read_metadata("deit_t", tmp_path / "started")["start"] == "first"
+
+
+def test_what_training_cannot_start_from(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "swin_t.safetensors"
+    zoo.save(zoo.build("swin_t"), path, {})
+    arguments = [*SHORT, "--out", str(tmp_path / "out"), "--data", str(tmp_path / "data")]
+    for more, message in (
+        (["--init", str(path)], "swin_t.safetensors does not fit the model: cls_token is missing"),
+        (["--init", str(tmp_path / "none.safetensors")], "none.safetensors"),
+        (
+            ["--init", str(path), "--backbone", "swin_t"],
+            "--init is of one backbone, but 2 are asked for: deit_t",
+        ),
+    ):
+        assert train.main([*arguments, *more]) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "data").exists()
+
+
 def test_rendering_by_several_processes_is_rendering(tmp_path: Path) -> None:
     train.render_split(tmp_path, "train", 7, workers=2, chunk=3)
     got, labels = train.open_split(tmp_path, "train")
