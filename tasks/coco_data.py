@@ -163,9 +163,11 @@ class CocoImages:
         """n images 1×3×H×W float32 of their own sizes, normalised and padded as the model wants, read when asked for.
 
         Raises:
-            IasvitError: there are fewer.
+            IasvitError: there are fewer, or one cannot be read.
         """
-        return CalibrationImages(self.calibration_files(n, seed), config)
+        images = CalibrationImages(self.calibration_files(n, seed), config)
+        images.check()
+        return images
 
 
 class MiniCocoImages(CocoImages):
@@ -222,6 +224,14 @@ class CalibrationImages(Sequence[Tensor]):
         self._config = config
         self._pipeline = Compose(readable(config.pipeline))
         self._preprocessor = MODELS.build(config.model["data_preprocessor"])
+
+    def check(self) -> None:
+        """Raise IasvitError where a file cannot be read; in the middle of a method it would be too late."""
+        from tasks.coco_runner import ReadableImage
+
+        loader = ReadableImage()
+        for file in self.files:
+            loader.transform({"img_path": str(file)})
 
     def __len__(self) -> int:
         return len(self.files)
@@ -318,7 +328,7 @@ def readable(pipeline: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     steps = [dict(step) for step in pipeline if step["type"] != "LoadAnnotations"]
     loaders = [step for step in steps if step["type"] in ("LoadImageFromFile", ReadableImage)]
     if not loaders:
-        raise IasvitError(f"the configuration's test pipeline has no LoadImageFromFile, but {_some(_types(steps))}")
+        raise IasvitError(f"a test pipeline has no LoadImageFromFile, but {_some(_types(steps))}")
     loaders[0]["type"] = ReadableImage
     return steps
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from iasvit.errors import IasvitError
 from tasks.coco_checkpoints import PUBLISHED, download, load_checkpoint, model_config
-from tasks.coco_data import DetectorConfig, test_pipeline
+from tasks.coco_data import DetectorConfig, readable, test_pipeline
 from tasks.coco_mmdet import build_detector, prepare
 from tasks.imagenet_models import describe_file
 
@@ -48,6 +48,7 @@ class _Configured:
     def __init__(self, pretrained: bool = True, checkpoint: Path | None = None) -> None:
         self._pretrained = pretrained
         self._checkpoint = checkpoint
+        self._fitting: set[str] = set()  # detectors that the checkpoint is known to fit
 
     def config(self, name: str) -> DetectorConfig:
         """See `Detectors`."""
@@ -64,8 +65,12 @@ class _Configured:
     def check(self, name: str) -> None:
         """See `Detectors`."""
         self.config(name)
-        if self._checkpoint is not None:
-            describe_file(self._checkpoint)
+        if self._checkpoint is not None and name not in self._fitting:
+            try:
+                load_checkpoint(self.architecture(name), self._checkpoint)
+            except IasvitError as error:
+                raise IasvitError(f"{error}; weights of {name} are expected") from None
+            self._fitting.add(name)
 
     def architecture(self, name: str) -> nn.Module:
         """See `Detectors`."""
@@ -176,6 +181,17 @@ class ConfigDetector(_Configured):
             raise IasvitError(f"detector {name!r} is not the one of --config {self._path}, which is {self.name!r}")
         return self._config
 
+    def architecture(self, name: str) -> nn.Module:
+        """See `Detectors`.
+
+        Raises:
+            IasvitError: mmdet builds no detector from the configuration.
+        """
+        try:
+            return super().architecture(name)
+        except Exception as error:  # whatever the constructors named there raise
+            raise IasvitError(f"configuration {self._path} builds no detector: {_reason(error)}") from None
+
     def check(self, name: str) -> None:
         """See `Detectors`."""
         super().check(name)
@@ -202,14 +218,14 @@ def read_config(path: Path, classes: tuple[str, ...]) -> DetectorConfig:
     """
     prepare()
     from mmengine.config import Config
+    from mmengine.dataset import Compose
 
     if not path.is_file():
         raise IasvitError(f"configuration {path} does not exist; --config names an mmdet configuration file")
     try:
         config = Config.fromfile(str(path))
     except Exception as error:  # the file is Python: it may raise anything
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise IasvitError(f"configuration {path} cannot be read: {reason}") from None
+        raise IasvitError(f"configuration {path} cannot be read: {_reason(error)}") from None
     model = config.get("model")
     if not isinstance(model, dict):
         raise IasvitError(f"configuration {path} has no model")
@@ -232,7 +248,15 @@ def read_config(path: Path, classes: tuple[str, ...]) -> DetectorConfig:
         )
     if "data_preprocessor" not in model:
         raise IasvitError(f"configuration {path}: its model has no data_preprocessor, which says how images are scaled")
-    pipeline = dataset.get("pipeline")
-    return DetectorConfig(
-        model.to_dict(), [dict(step) for step in pipeline] if pipeline else test_pipeline(1333, 800), classes
-    )
+    pipeline = [dict(step) for step in dataset.get("pipeline") or test_pipeline(1333, 800)]
+    try:
+        Compose(readable(pipeline))
+    except Exception as error:  # whatever the transforms named there raise
+        raise IasvitError(f"configuration {path} has a test pipeline that cannot be used: {_reason(error)}") from None
+    return DetectorConfig(model.to_dict(), pipeline, classes)
+
+
+def _reason(error: Exception) -> str:
+    """The first sentence of what an error says, in one line."""
+    text = str(error.args[0] if isinstance(error, KeyError) and error.args else error).strip()
+    return text.splitlines()[0].partition(". ")[0] if text else type(error).__name__

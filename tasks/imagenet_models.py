@@ -244,6 +244,7 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0].strip() if str(error).strip() else type(error).__name__
+        reason = reason.partition(". ")[0]  # torch goes on to recommend unpickling code
         raise IasvitError(
             f"checkpoint {path} is neither a safetensors file nor a torch.save file of tensors alone ({reason})"
         ) from None

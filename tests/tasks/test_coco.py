@@ -151,6 +151,24 @@ def test_a_checkpoint_of_another_detector_is_refused(tmp_path: Path) -> None:
         MiniDetectors(checkpoint=path).load("mask_rcnn_swin_t")
 
 
+def test_a_checkpoint_is_tried_before_anything_runs_and_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "other.safetensors"
+    save_file({"weight": torch.zeros(2)}, path)
+    with pytest.raises(IasvitError, match=r"other\.safetensors does not .*; weights of mask_rcnn_swin_t are expected"):
+        MiniDetectors(checkpoint=path).check("mask_rcnn_swin_t")
+    path = tmp_path / "text.pth"
+    path.write_text("no weights")
+    with pytest.raises(IasvitError, match=r"of tensors alone \([^.]*\); weights of") as error:
+        MiniDetectors(checkpoint=path).check("mask_rcnn_swin_t")
+    assert "weights_only" not in str(error.value)  # torch's advice to unpickle code
+    tried: list[Path] = []
+    monkeypatch.setattr(coco_models, "load_checkpoint", lambda model, path: tried.append(path))
+    models = MiniDetectors(checkpoint=path)
+    for _ in range(3):
+        models.check("mask_rcnn_swin_t")
+    assert tried == [path]
+
+
 def test_published_detectors_are_offered_where_there_are_weights() -> None:
     published = PublishedDetectors()
     published.check("cascade_mask_rcnn_swin_b")
@@ -210,12 +228,37 @@ def test_mmdets_own_configuration_builds(tmp_path: Path) -> None:
         ({"more": "model = 3"}, "has no model"),
         ({"more": "1 / 0"}, "cannot be read: division by zero"),
         ({"more": "model.pop('data_preprocessor')"}, "no data_preprocessor"),
+        (
+            {"more": "test_dataloader = dict(dataset=dict(pipeline=[dict(type='Nope')]))"},
+            "no LoadImageFromFile, but Nope",
+        ),
+        (
+            {
+                "more": "x = [dict(type='LoadImageFromFile'), dict(type='Nope')]\n"
+                "test_dataloader = dict(dataset=dict(pipeline=x))"
+            },
+            "test pipeline that cannot be used: Nope is not in",
+        ),
     ],
 )
 def test_configurations_that_cannot_be_used(tmp_path: Path, options: dict, message: str) -> None:
     with pytest.raises(IasvitError, match=message) as error:
         ConfigDetector(write_config(tmp_path, **options), ("x", "y"))
     assert "mine.py" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        ("model['type'] = 'Nope'", "Nope is not in the .* registry"),
+        ("", "missing 3 required positional arguments"),
+    ],
+)
+def test_a_configuration_that_builds_no_detector_is_named(tmp_path: Path, more: str, reason: str) -> None:
+    detector = ConfigDetector(write_config(tmp_path, more=more), ("x", "y"), pretrained=False)
+    with pytest.raises(IasvitError, match=rf"configuration .*mine\.py builds no detector: .*{reason}") as error:
+        detector.architecture("mine")
     assert "\n" not in str(error.value)
 
 

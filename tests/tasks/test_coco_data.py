@@ -356,6 +356,13 @@ def test_an_image_that_cannot_be_read_is_named(root: Path, workers: int, damage:
     assert "\n" not in str(error.value)
 
 
+def test_a_calibration_image_that_cannot_be_read_is_named_before_a_method_runs(root: Path) -> None:
+    bad = root / "train2017" / "972.png"
+    bad.write_bytes(b"no image")
+    with pytest.raises(IasvitError, match=r"train2017/972\.png cannot be read"):
+        CocoImages(root).calibration(CONFIG, 6, 0)
+
+
 def test_a_pipeline_without_a_loader() -> None:
     with pytest.raises(IasvitError, match="no LoadImageFromFile, but Resize, PackDetInputs"):
         readable(pipeline(10, 10)[1:])
