@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib.metadata
 import json
 import os
 import re
@@ -64,7 +64,8 @@ def code_blocks(language: str) -> list[str]:
 
 def install(package: Path, target: Path) -> None:
     """Install a package into a folder, without a network."""
-    if importlib.util.find_spec("pip"):
+    # Not find_spec("pip"): setuptools watches for it, and this process could not compile extensions any more.
+    if any(package.name == "pip" for package in importlib.metadata.distributions()):
         command = [sys.executable, "-m", "pip", "install", "--no-index"]
     elif uv := shutil.which("uv"):
         command = [uv, "pip", "install", "--offline", "--python", sys.executable]
