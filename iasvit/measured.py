@@ -117,6 +117,7 @@ def _aggregate(rows: pd.DataFrame) -> pd.DataFrame:
     """One row a grid cell: n, failed, stale and compared, mean, std and fp of each metric, and mean cost.
 
     A cell is as stale as the stalest of its rows. The standard deviation is the sample's (n - 1), and NaN for one seed.
+    Where seeds were measured on several devices, cost is that of the rows on the one with most of them, `device`.
     """
     rows = rows.reindex(columns=list(dict.fromkeys([*rows.columns, *primary_metrics(rows.columns), *COST])))
     groups = rows.groupby(["line", "column"], sort=True)
@@ -133,8 +134,11 @@ def _aggregate(rows: pd.DataFrame) -> pd.DataFrame:
         cells[f"{metric}_std"] = values.std().reindex(cells.index).astype(float)
         if f"fp_{metric}" in rows:
             cells[f"fp_{metric}"] = groups[f"fp_{metric}"].mean()
+    cells["device"] = done["device"].agg(lambda devices: devices.mode().iloc[0]).reindex(cells.index)
+    place = pd.MultiIndex.from_frame(rows[["line", "column"]])
+    same = rows[(rows["status"] == "ok") & (rows["device"] == cells["device"].reindex(place).to_numpy())]
     for name in COST:
-        cells[name] = done[name].mean().reindex(cells.index).astype(float)
+        cells[name] = same.groupby(["line", "column"])[name].mean().reindex(cells.index).astype(float)
     return cells.reset_index()
 
 
@@ -208,8 +212,8 @@ def _details(cells: pd.DataFrame, split_size: int, metrics: Sequence[str]) -> st
         "model_bytes": "model bytes",
         "packed_bytes": "packed bytes",
     }
-    lines = [f"| method | model | {' | '.join(names.values())} |", "|---|---|" + "--:|" * len(names)]
+    lines = [f"| method | model | device | {' | '.join(names.values())} |", "|---|---|---|" + "--:|" * len(names)]
     for cell in cells[cells["n"] > 0].to_dict("records"):
         values = [MISSING if pd.isna(cell[n]) else f"{cell[n]:.{0 if 'bytes' in n else 1}f}" for n in names]
-        lines.append(f"| {cell['line']} | {cell['column']} | {' | '.join(values)} |")
-    return "\n\n".join([*parts, "Cost, mean over seeds:", "\n".join(lines)])
+        lines.append(f"| {cell['line']} | {cell['column']} | {cell['device']} | {' | '.join(values)} |")
+    return "\n\n".join([*parts, "Cost, mean over seeds; it compares on one device only:", "\n".join(lines)])

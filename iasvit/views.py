@@ -21,6 +21,7 @@ def plots(documents: Iterable[Document]) -> dict[str, str]:
     """File name → SVG: accuracy against bits and against seconds, for each task, data set and primary metric.
 
     Cells whose bits differ from layer to layer are left out, and models that not every bit-width has a cell of stay.
+    Against seconds, cells are drawn that the device measured which measured most of them.
     """
     drawn: dict[str, str] = {}
     groups: dict[tuple[str, str], list[pd.DataFrame]] = {}
@@ -41,8 +42,10 @@ def plots(documents: Iterable[Document]) -> dict[str, str]:
             if len(parts) > 1:
                 drawn[f"{name}-bits.svg"] = accuracy_by_bits(cells, metric, models, title)
             for spec, part in cells[cells["quantization_seconds"].notna()].groupby("spec", sort=True):
+                device = part["device"].mode().iloc[0]  # seconds compare on one device only
+                part = part[part["device"] == device]
                 here = [model for model in models if model in set(part["model"])]
-                title = f"{task} on {dataset}, {spec}: {metric} against seconds, {kind_of(dataset)}"
+                title = f"{task} on {dataset}, {spec}: {metric} against seconds on {device}, {kind_of(dataset)}"
                 drawn[f"{name}-{spec.lower()}-seconds.svg"] = accuracy_by_seconds(part, metric, here, title)
     return drawn
 
@@ -95,6 +98,7 @@ def _measured(document: Document) -> list[Value]:
             if not failed and pd.notna(published := cell.get(f"published_{metric}")):
                 notes.append(f"({beside_published(cell[metric], published)})")
             settings = cell["settings"].replace(";", ", ")
+            device = [] if failed else [f"on {cell['device']}"]
             values.append(
                 Value(
                     kind=kind_of(dataset)[0].upper() + kind_of(dataset)[1:],
@@ -109,7 +113,7 @@ def _measured(document: Document) -> list[Value]:
                     gap=_number(gap),
                     seeds=int(cell["n"]),
                     seconds=_number(cell["quantization_seconds"]),
-                    how="\n".join([settings, cell["command"], *stale_notes(pd.DataFrame([cell]))]),
+                    how="\n".join([settings, *device, cell["command"], *stale_notes(pd.DataFrame([cell]))]),
                     note=" ".join(notes),
                     best=not failed and not cell["weights_only"] and cell[metric] == best[cell["column"]],
                 )

@@ -19,7 +19,7 @@ from iasvit.errors import IasvitError
 from iasvit.leaderboard import write_leaderboard
 from iasvit.measured import measured_documents, table
 from iasvit.results import Key, ResultStore, Row, read_rows
-from iasvit.views import drawn_files
+from iasvit.views import drawn_files, plots
 
 ROOT = Path(__file__).parent.parent
 
@@ -59,6 +59,21 @@ def test_the_data_file_has_every_aggregate() -> None:
     assert (data["top1"], data["top1_std"], data["fp_top1"], data["gap_top1"]) == (71.0, 1.0, 80.0, -9.0)
     assert (data["n"], data["failed"], data["stale"], data["agreement"]) == (3, 0, "no", 90.0)
     assert (data["quantization_seconds"], data["packed_bytes"], data["split_size"]) == (3.0, 30, 20)
+
+
+def test_cost_is_that_of_one_device_and_accuracy_of_all() -> None:
+    rows = [make_row(seed=seed, quantization_seconds=30.0, top1=60.0 + seed) for seed in range(2)]
+    rows.append(make_row(seed=2, quantization_seconds=1.0, top1=62.0, device="cuda: test"))
+    rows.append(make_row(seed=0, method="fast", quantization_seconds=2.0, device="cuda: test"))
+    rows.append(make_row(seed=0, method="slow", quantization_seconds=40.0))
+    (document,) = measured_documents(rows)
+    data = document.frame.set_index("method")
+    assert data["device"].tolist() == ["cuda: test", "cpu: test", "cpu: test"]
+    assert data.loc["noise", ["top1", "n", "quantization_seconds"]].tolist() == [61.0, 3, 30.0]
+    drawn = plots([document])["fake-mini-w3a3-seconds.svg"]
+    assert "seconds on cpu: test" in drawn
+    assert ">slow<" in drawn
+    assert ">fast<" not in drawn
 
 
 def test_different_numbers_of_seeds_are_said_cell_by_cell() -> None:
