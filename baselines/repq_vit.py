@@ -9,11 +9,11 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from iasvit.calibration import calibrate_in_sequence, calibrate_weights, first_images
+from iasvit.calibration import calibrate_in_stream, calibrate_weights, calibration_store
 from iasvit.errors import IasvitError
 from iasvit.methods import Calibration
 from iasvit.models import Site, find_pairs, insert_quantizers
-from iasvit.nn import quant_layers, quantizers_of
+from iasvit.nn import quant_layers
 from iasvit.progress import Progress
 from iasvit.quantizers import WEIGHT_PERCENTILES, Log2Quantizer, Quantizer, UniformQuantizer
 from iasvit.reparam import reparameterize
@@ -50,10 +50,10 @@ class RepQViT:
         """See `iasvit.methods.Method`."""
         quantized = insert_quantizers(copy.deepcopy(model), spec, self.weight_quantizer, self.activation_quantizer)
         quantized.requires_grad_(False)
-        images = first_images(calibration, self.init_size, next(model.parameters()).device)
+        images = calibration_store(calibration, next(model.parameters()).device, limit=self.init_size)
         with progress.phase("calibration"):
             calibrate_weights(quant_layers(quantized))
-            calibrate_in_sequence(list(quantizers_of(quantized, weights=False)), lambda: quantized(images))
+            calibrate_in_stream(quantized, list(images.batches(self.init_size)))
         with progress.phase("reparameterization"):
             for pair in find_pairs(quantized):
                 reparameterize(pair)

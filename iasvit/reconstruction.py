@@ -48,6 +48,7 @@ def stream(
     fit: Callable[[SegmentJob], None],
     progress: Progress,
     *,
+    start: Callable[[Store], None] | None = None,
     batch_size: int = 64,
     steps: int = 0,
     memory_budget: int | None = None,
@@ -64,6 +65,7 @@ def stream(
         calibration: images N×3×H×W, or batches of them.
         fit: called for each segment that has quantized layers.
         progress: of one phase, "reconstruction".
+        start: called once with the images before the first segment; not by a run that a journal resumes.
         batch_size: images a forward pass.
         steps: what `fit` moves the bar by in all, for the time left.
         memory_budget: bytes for each store of activations.
@@ -79,6 +81,8 @@ def stream(
     if restored is not None:
         done, state = restored
         _load(state, quantized, progress)
+    elif start is not None:
+        start(inputs_fp)
     with progress.phase("reconstruction", steps) as bar:
         if restored is not None and steps:
             fits = [bool(segment.modules) for _, segment in chain]

@@ -9,10 +9,11 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from iasvit.calibration import calibrate_inputs
+from iasvit.calibration import Store, calibrate_in_sequence, calibrate_in_stream, calibrate_inputs
 from iasvit.errors import IasvitError
 from iasvit.methods import Calibration
-from iasvit.models import Site, find_pairs, insert_quantizers, segments
+from iasvit.models import Activation, Site, find_pairs, insert_quantizers, segments
+from iasvit.nn import quant_layers
 from iasvit.progress import Progress, fingerprint
 from iasvit.quantizers import WEIGHT_PERCENTILES, Log2Quantizer, Quantizer, SULQuantizer, UniformQuantizer
 from iasvit.reconstruction import SegmentJob, compiled, optimize, stream
@@ -56,6 +57,8 @@ class IASViT:
     sos: bool = True
     autocast: bool = False
     compile: bool = False
+    init: str = "propagated"
+    again: bool = False
 
     name: ClassVar[str] = "ias_vit"
 
@@ -77,12 +80,25 @@ class IASViT:
             iterations = 1000 if min(spec.w_bits, spec.a_bits) < 6 else 200
         pairs = find_pairs(quantized)
 
+        def start(images: Store) -> None:
+            for _, layer in quant_layers(quantized):
+                layer.weight_quantizer.enabled = False
+            if self.init == "propagated":
+                with progress.phase("calibration"):
+                    calibrate_in_stream(quantized, list(images.batches(self.init_size, limit=self.init_size)))
+
         def fit(job: SegmentJob) -> None:
             with progress.phase("calibration"):
-                self._calibrate(job)
+                if self.init == "full_precision":
+                    self._calibrate(job)
+                elif self.init == "streamed":
+                    self._recalibrate(job)
             if self.sos:
                 with progress.phase("reconstruction, stage 1"):
                     self.optimize_stage(job, 1, iterations)
+                if self.again:
+                    with progress.phase("calibration"):
+                        self._recalibrate(job)
                 with progress.phase("reconstruction, stage 2"):
                     for pair in pairs:
                         if pair.linears[0] in job.segment.layers():
@@ -95,8 +111,15 @@ class IASViT:
                 layer.round_weight()
 
         steps = 2 * iterations * sum(bool(segment.modules) for segment in segments(quantized))
-        stream(model, quantized, calibration, fit, progress, batch_size=self.batch_size, steps=steps)
+        stream(model, quantized, calibration, fit, progress, start=start, batch_size=self.batch_size, steps=steps)
         return quantized
+
+    def _recalibrate(self, job: SegmentJob) -> None:
+        def run() -> list[Activation]:
+            batches = job.inputs_q.batches(self.init_size, limit=self.init_size)
+            return [job.segment.run(batch) for batch in batches]
+
+        calibrate_in_sequence(job.segment.quantizers(weights=False), run)
 
     def _calibrate(self, job: SegmentJob) -> None:
         """Activation quantizers from the first `init_size` images in full precision; weights stay as they are."""

@@ -188,7 +188,7 @@ def test_post_layernorm_codes_survive_the_folding(monkeypatch: pytest.MonkeyPatc
         original(quantizers, run)
         before.extend(copy.deepcopy(q) for name, q in quantizers if name.endswith("qkv.input_quantizer"))
 
-    monkeypatch.setattr("baselines.repq_vit.calibrate_in_sequence", calibrate)
+    monkeypatch.setattr("iasvit.calibration.calibrate_in_sequence", calibrate)
     quantized = RepQViT().quantize(model, tiny_images(model, 4), QuantSpec.parse("W4A4"), Progress())
     x = torch.randn(2, 17, 24, generator=torch.Generator().manual_seed(5))
     for block, reference, quantizer in zip(quantized.blocks, model.blocks, before, strict=True):
