@@ -168,7 +168,7 @@ def _job(task: Task, cell: Cell) -> _Job:
         raise IasvitError(f"calibration size is {cell.calib_size}, but at least one image is needed")
     spec = QuantSpec.parse(cell.spec)
     options = format_options((name, value) for name, value in cell.options if value is not None)
-    base, _ = split_variant(cell.method)
+    base, *_ = split_variant(cell.method)
     code = provenance.code_hash(load_method_class(base).__module__)
     return _Job(cell, Key(*identity, str(spec), cell.seed, cell.calib_size, options), spec, code)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from collections.abc import Iterable
 from importlib.metadata import EntryPoint, entry_points
@@ -45,17 +46,40 @@ def list_methods() -> list[str]:
     return list(_entries())
 
 
-def split_variant(name: str) -> tuple[str, dict[str, bool]]:
-    """Split "ias_vit[-sulq-sos]" into ("ias_vit", {"sulq": False, "sos": False}): ingredients that are off.
+_VARIANT = re.compile(r"(\w+)(?:\[((?:-\w+|\w+=[\w.+]+)(?:,?-\w+|,\w+=[\w.+]+)*)\])?")
+
+
+def split_variant(name: str) -> tuple[str, list[str], dict[str, Any]]:
+    """Split "ias_vit[-sos,softmax=uniform]" into ("ias_vit", ["sos"], {"softmax": "uniform"}).
+
+    In brackets stand ingredients that are left out, -ingredient, and options with their values, comma-separated.
 
     Raises:
-        IasvitError: the brackets hold anything but -ingredient, once or more.
+        IasvitError: the brackets hold anything else, or an option twice.
     """
-    match = re.fullmatch(r"(\w+)(?:\[((?:-\w+)+)\])?", name)
+    match = _VARIANT.fullmatch(name)
     if match is None:
-        raise IasvitError(f"method {name!r} is neither a name nor a name[-ingredient...], such as ias_vit[-sulq]")
-    off = (match[2] or "").split("-")[1:]
-    return match[1], dict.fromkeys(off, False)
+        raise IasvitError(
+            f"method {name!r} is neither a name nor a name[-ingredient,option=value...], such as ias_vit[-sulq]"
+        )
+    off, options = [], {}
+    for part in re.findall(r"-\w+|\w+=[\w.+]+", match[2] or ""):
+        key, _, value = part.partition("=")
+        if part.startswith("-"):
+            off.append(part[1:])
+        elif key in options:
+            raise IasvitError(f"method {name!r} gives option {key!r} twice")
+        else:
+            options[key] = parse_value(value)
+    return match[1], off, options
+
+
+def parse_value(text: str) -> Any:
+    """An option's value from text: a number, true, false or null as JSON has them, else the text itself."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def load_method_class(name: str) -> type[Method]:
@@ -77,9 +101,32 @@ def load_method_class(name: str) -> type[Method]:
 
 
 def method_options(name: str) -> list[str]:
-    """The options that a method takes, by name: the fields of its dataclass."""
-    base, _ = split_variant(name)
+    """The options that a method takes, by name: the fields of its dataclass, less those that a variant's name sets."""
+    base, off, options = split_variant(name)
+    fixed = {**_left_out(base, off), **options} if off or options else {}
+    return [field for field in _fields(base) if field not in fixed]
+
+
+def _fields(base: str) -> list[str]:
     return [field.name for field in dataclasses.fields(load_method_class(base)) if field.init]
+
+
+def _left_out(base: str, off: Iterable[str]) -> dict[str, Any]:
+    """The options that leave these ingredients of a method out.
+
+    An ingredient is a field that is True by default, or a name in the class's `ablations`, which says what options the
+    method has without it.
+    """
+    cls = load_method_class(base)
+    ingredients = {field.name: {field.name: False} for field in dataclasses.fields(cls) if field.default is True}
+    ingredients = {**getattr(cls, "ablations", {}), **ingredients}
+    options: dict[str, Any] = {}
+    for ingredient in off:
+        if ingredient not in ingredients:
+            can = ", ".join(ingredients) or "none"
+            raise IasvitError(f"method {base!r} has no ingredient {ingredient!r} to leave out; it has {can}")
+        options.update(ingredients[ingredient])
+    return options
 
 
 def get_method(name: str, **options: Any) -> Method:
@@ -88,18 +135,15 @@ def get_method(name: str, **options: Any) -> Method:
     Raises:
         IasvitError: no such method, or an option that it does not know; the message lists what exists.
     """
-    base, switches = split_variant(name)
-    known = method_options(base)
-    for option in options:
+    base, off, named = split_variant(name)
+    known = _fields(base)
+    for option in (*named, *options):
         if option not in known:
             raise IasvitError(f"method {base!r} has no option {option!r}; it knows {', '.join(known)}")
-    ingredients = [field.name for field in dataclasses.fields(load_method_class(base)) if field.default is True]
-    for ingredient in switches:
-        if ingredient not in ingredients:
-            can = ", ".join(ingredients) or "none"
-            raise IasvitError(f"method {base!r} has no ingredient {ingredient!r} to leave out; it has {can}")
-        if ingredient in options:
-            raise IasvitError(f"option {ingredient!r} and method {name!r} name the same ingredient; give one of them")
-    method = load_method_class(base)(**options, **switches)
+    left_out = _left_out(base, off)
+    for option in (*left_out, *named):
+        if option in options or (option in left_out and option in named):
+            raise IasvitError(f"option {option!r} is given twice, one of them by method {name!r}; give it once")
+    method = load_method_class(base)(**options, **left_out, **named)
     method.variant = name
     return method

@@ -9,13 +9,13 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from iasvit.calibration import Store, calibrate_in_sequence, calibrate_in_stream, calibrate_inputs
+from iasvit.calibration import Store, calibrate_in_stream, enabled
 from iasvit.errors import IasvitError
 from iasvit.methods import Calibration
-from iasvit.models import Activation, Site, find_pairs, insert_quantizers, segments
-from iasvit.nn import quant_layers
+from iasvit.models import Site, find_pairs, insert_quantizers, segments
+from iasvit.nn import quantizers_of
 from iasvit.progress import Progress, fingerprint
-from iasvit.quantizers import WEIGHT_PERCENTILES, Log2Quantizer, Quantizer, SULQuantizer, UniformQuantizer
+from iasvit.quantizers import SOFTMAX_QUANTIZERS, WEIGHT_PERCENTILES, Quantizer, UniformQuantizer
 from iasvit.reconstruction import SegmentJob, compiled, optimize, stream
 from iasvit.reparam import reparameterize
 from iasvit.spec import QuantSpec
@@ -25,7 +25,14 @@ from iasvit.spec import QuantSpec
 class IASViT:
     """I&S-ViT (arXiv:2311.10126): SULQ + SOS.
 
-    For each segment (block, patch embedding, patch merging, head), in order:
+    Initialisation: one forward pass of the quantized model on the first `init_size` images. Activations are quantized,
+    weights are in full precision, nothing is learnt yet; so each activation quantizer chooses its range on what the
+    quantizers before it, in its block and in all earlier ones, have made of the activations. This is the paper's code.
+    (Ranges from the full-precision model's activations, or from what the learnt quantized model gives a block, before
+    stage 1 or again before stage 3, lose 3 to 10 points at W3A3 on a real ViT: docs/real-vit.md.) Weight quantizers
+    choose theirs on the weight alone, when stage 3 begins.
+
+    Then for each segment (block, patch embedding, patch merging, head), in order:
 
     - Stage 1: weights in full precision, activations quantized, post-LayerNorm ones per channel; learn the weights on
       inputs from the full-precision model.
@@ -42,7 +49,8 @@ class IASViT:
         lr: Adam's initial learning rate.
         seed: of the batches drawn.
         init_size: images that the quantizers are initialised on.
-        sulq: False for the log2 quantizer instead (ablation).
+        softmax: the post-softmax quantizer, a name in `SOFTMAX_QUANTIZERS`: "sulq", or "log2", the one that the paper's
+            ablation has in place of it (ias_vit[-sulq]), or another.
         sos: False for direct reconstruction, per-tensor quantizers and all in one stage of twice the steps (ablation).
         autocast: learn with products in bfloat16; on a GPU faster by half.
         compile: learn with quantizers that torch.compile made one pass each; needs its compiler, and seconds at first.
@@ -53,14 +61,13 @@ class IASViT:
     lr: float = 4e-5
     seed: int = 0
     init_size: int = 64
-    sulq: bool = True
+    softmax: str = "sulq"
     sos: bool = True
     autocast: bool = False
     compile: bool = False
-    init: str = "propagated"
-    again: bool = False
 
     name: ClassVar[str] = "ias_vit"
+    ablations: ClassVar[dict[str, dict[str, str]]] = {"sulq": {"softmax": "log2"}}
 
     def __post_init__(self) -> None:
         if self.iterations is not None and self.iterations < 0:
@@ -70,6 +77,8 @@ class IASViT:
                 raise IasvitError(f"{option} is {getattr(self, option)}, but at least one image is needed")
         if not self.lr > 0:
             raise IasvitError(f"lr is {self.lr}, but a learning rate is above 0")
+        if self.softmax not in SOFTMAX_QUANTIZERS:
+            raise IasvitError(f"softmax is {self.softmax!r}, but there are {', '.join(SOFTMAX_QUANTIZERS)}")
 
     def quantize(self, model: nn.Module, calibration: Calibration, spec: QuantSpec, progress: Progress) -> nn.Module:
         """See `iasvit.methods.Method`."""
@@ -80,25 +89,19 @@ class IASViT:
             iterations = 1000 if min(spec.w_bits, spec.a_bits) < 6 else 200
         pairs = find_pairs(quantized)
 
-        def start(images: Store) -> None:
-            for _, layer in quant_layers(quantized):
-                layer.weight_quantizer.enabled = False
-            if self.init == "propagated":
-                with progress.phase("calibration"):
-                    calibrate_in_stream(quantized, list(images.batches(self.init_size, limit=self.init_size)))
+        def initialise(images: Store) -> None:
+            with (
+                progress.phase("calibration"),
+                enabled(list(quantizers_of(quantized, weights=True)), False),
+            ):
+                calibrate_in_stream(quantized, list(images.batches(self.init_size, limit=self.init_size)))
 
         def fit(job: SegmentJob) -> None:
-            with progress.phase("calibration"):
-                if self.init == "full_precision":
-                    self._calibrate(job)
-                elif self.init == "streamed":
-                    self._recalibrate(job)
             if self.sos:
+                for layer in job.segment.layers():
+                    layer.weight_quantizer.enabled = False
                 with progress.phase("reconstruction, stage 1"):
                     self.optimize_stage(job, 1, iterations)
-                if self.again:
-                    with progress.phase("calibration"):
-                        self._recalibrate(job)
                 with progress.phase("reconstruction, stage 2"):
                     for pair in pairs:
                         if pair.linears[0] in job.segment.layers():
@@ -111,26 +114,8 @@ class IASViT:
                 layer.round_weight()
 
         steps = 2 * iterations * sum(bool(segment.modules) for segment in segments(quantized))
-        stream(model, quantized, calibration, fit, progress, start=start, batch_size=self.batch_size, steps=steps)
+        stream(model, quantized, calibration, fit, progress, start=initialise, batch_size=self.batch_size, steps=steps)
         return quantized
-
-    def _recalibrate(self, job: SegmentJob) -> None:
-        def run() -> list[Activation]:
-            batches = job.inputs_q.batches(self.init_size, limit=self.init_size)
-            return [job.segment.run(batch) for batch in batches]
-
-        calibrate_in_sequence(job.segment.quantizers(weights=False), run)
-
-    def _calibrate(self, job: SegmentJob) -> None:
-        """Activation quantizers from the first `init_size` images in full precision; weights stay as they are."""
-        for layer in job.segment.layers():
-            layer.weight_quantizer.enabled = False
-
-        def run() -> None:
-            for batch in job.inputs_fp.batches(self.init_size, limit=self.init_size):
-                job.segment.run(batch)
-
-        calibrate_inputs(job.segment.quantizers(weights=False), run)
 
     def optimize_stage(self, job: SegmentJob, stage: int, iterations: int) -> None:
         """Learn the segment's weights and biases on full-precision inputs (stage 1) or the quantized model's (3)."""
@@ -159,7 +144,7 @@ class IASViT:
         return UniformQuantizer(site.n_bits, channel_dim=0, percentiles=WEIGHT_PERCENTILES)
 
     def activation_quantizer(self, site: Site) -> Quantizer:
-        """SULQ after softmax, per channel after LayerNorm (until stage 2), per tensor elsewhere."""
+        """`softmax` (SULQ) after softmax, per channel after LayerNorm (until stage 2), per tensor elsewhere."""
         if site.role == "softmax":
-            return SULQuantizer(site.n_bits) if self.sulq else Log2Quantizer(site.n_bits)
+            return SOFTMAX_QUANTIZERS[self.softmax](site.n_bits)
         return UniformQuantizer(site.n_bits, channel_dim=-1 if site.role == "norm" and self.sos else None)

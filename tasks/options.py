@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol, TypeVar
 
@@ -11,7 +10,7 @@ from torch import nn
 
 from iasvit.errors import IasvitError
 from iasvit.harness import Cell
-from iasvit.methods import get_method, method_options
+from iasvit.methods import get_method, method_options, parse_value
 from iasvit.models import Site, insert_quantizers
 from iasvit.quantizers import UniformQuantizer
 from iasvit.spec import QuantSpec
@@ -76,10 +75,7 @@ def parse_options(texts: Iterable[str]) -> dict[str, Any]:
         name, equals, value = text.partition("=")
         if not name or not equals or not value:
             raise IasvitError(f"--option {text!r} is not of the form NAME=VALUE, as autocast=true")
-        try:
-            options[name] = json.loads(value)
-        except ValueError:
-            options[name] = value
+        options[name] = parse_value(value)
     return options
 
 

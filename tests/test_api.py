@@ -146,12 +146,12 @@ def test_bad_arguments_are_told_what_exists(
 
 
 def test_a_method_object_is_used_as_it_is(vit: nn.Module, images: Tensor) -> None:
-    method = IASViT(iterations=2, batch_size=5, lr=1e-2, sulq=False)
+    method = IASViT(iterations=2, batch_size=5, lr=1e-2, softmax="log2")
     by_object = iasvit.quantize(vit, images, QuantSpec(3, 3), method)
     by_name = quantize(vit, images, method="ias_vit[-sulq]")
     assert tiny_models.same_bits(by_object.state_dict(), by_name.state_dict())
     assert by_name.quantization.method == "ias_vit[-sulq]"
-    assert by_name.quantization.options["sulq"] is False
+    assert by_name.quantization.options["softmax"] == "log2"
     with pytest.raises(IasvitError, match="options iterations go with a method's name"):
         iasvit.quantize(vit, images, "W3A3", method, iterations=3)
 

@@ -19,14 +19,16 @@ from iasvit.spec import QuantSpec
 
 @dataclass
 class Two:
-    """Two ingredients and an option that is no switch."""
+    """Three ingredients, one of which another option replaces, and an option that is no switch."""
 
     seed: int = 0
     first: bool = True
     second: bool = True
     loud: bool = False
+    kind: str = "good"
 
     name: ClassVar[str] = "two"
+    ablations: ClassVar[dict[str, dict[str, str]]] = {"goodness": {"kind": "plain"}}
 
     def quantize(self, model: nn.Module, calibration: Calibration, spec: QuantSpec, progress: Progress) -> nn.Module:
         return model
@@ -45,33 +47,52 @@ def test_this_repositorys_methods_are_registered() -> None:
     method = get_method("ias_vit", iterations=3)
     assert isinstance(method, IASViT)
     assert isinstance(method, Method)
-    assert (method.iterations, method.sulq, method.sos, method.variant) == (3, True, True, "ias_vit")
+    assert (method.iterations, method.softmax, method.sos, method.variant) == (3, "sulq", True, "ias_vit")
 
 
 @pytest.mark.parametrize(
-    ("name", "first", "second"),
+    ("name", "method_there"),
     [
-        ("two", True, True),
-        ("two[-first]", False, True),
-        ("two[-second]", True, False),
-        ("two[-first-second]", False, False),
+        ("two", Two(7)),
+        ("two[-first]", Two(7, first=False)),
+        ("two[-second]", Two(7, second=False)),
+        ("two[-first-second]", Two(7, first=False, second=False)),
+        ("two[-first,-second]", Two(7, first=False, second=False)),
+        ("two[-goodness]", Two(7, kind="plain")),
+        ("two[-first-goodness]", Two(7, first=False, kind="plain")),
+        ("two[kind=odd]", Two(7, kind="odd")),
+        ("two[-first,kind=odd,loud=true]", Two(7, first=False, loud=True, kind="odd")),
     ],
 )
 @pytest.mark.usefixtures("registered")
-def test_a_variant_switches_ingredients_off(name: str, first: bool, second: bool) -> None:
+def test_a_variant_leaves_ingredients_out_and_sets_options(name: str, method_there: Two) -> None:
     method = get_method(name, seed=7)
-    assert method == Two(7, first, second)
+    assert method == method_there
     assert (method.name, method.variant) == ("two", name)
 
 
 @pytest.mark.usefixtures("registered")
 def test_names_and_options_are_listed() -> None:
     assert list_methods() == ["gone", "renamed", "two"]
-    assert method_options("two[-first]") == ["seed", "first", "second", "loud"]
+    assert method_options("two") == ["seed", "first", "second", "loud", "kind"]
+    assert method_options("two[-first,kind=odd]") == ["seed", "second", "loud"]
+    assert method_options("two[-goodness]") == ["seed", "first", "second", "loud"]
 
 
 @pytest.mark.parametrize(
-    "name", ["", "two[", "two[]", "two[first]", "two[-]", "two[-first", "two-first", "two [-first]"]
+    "name",
+    [
+        "",
+        "two[",
+        "two[]",
+        "two[first]",
+        "two[-]",
+        "two[-first",
+        "two-first",
+        "two [-first]",
+        "two[loud=]",
+        "two[a=1 b=2]",
+    ],
 )
 def test_what_is_no_variant_is_refused(name: str) -> None:
     with pytest.raises(IasvitError, match="is neither a name nor a name"):
@@ -82,10 +103,14 @@ def test_what_is_no_variant_is_refused(name: str) -> None:
     ("name", "options", "said"),
     [
         ("three", {}, "method 'three' is not registered; registered are gone, renamed, two"),
-        ("two", {"lr": 1.0}, "method 'two' has no option 'lr'; it knows seed, first, second, loud"),
-        ("two[-third]", {}, "no ingredient 'third' to leave out; it has first, second"),
+        ("two", {"lr": 1.0}, "method 'two' has no option 'lr'; it knows seed, first, second, loud, kind"),
+        ("two[-third]", {}, "no ingredient 'third' to leave out; it has goodness, first, second"),
         ("two[-loud]", {}, "no ingredient 'loud'"),
-        ("two[-first]", {"first": True}, "option 'first' and method 'two[-first]' name the same ingredient"),
+        ("two[-first]", {"first": True}, "option 'first' is given twice, one of them by method 'two[-first]'"),
+        ("two[kind=odd]", {"kind": "odd"}, "option 'kind' is given twice"),
+        ("two[-goodness,kind=odd]", {}, "option 'kind' is given twice"),
+        ("two[kind=odd,kind=even]", {}, "gives option 'kind' twice"),
+        ("two[size=3]", {}, "method 'two' has no option 'size'"),
         ("gone", {}, "method 'gone' is registered as no_such_module:Gone, but loading that failed"),
         ("renamed", {}, "NoSuchClass, but loading that failed"),
     ],

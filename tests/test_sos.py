@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from iasvit import calibration, sos
-from iasvit.calibration import ActivationStore
+from iasvit.calibration import ActivationStore, calibration_store, enabled
 from iasvit.errors import IasvitError
+from iasvit.methods import get_method
 from iasvit.models import find_pairs, segments
-from iasvit.nn import QuantConv2d, QuantLinear
+from iasvit.nn import QuantConv2d, QuantLinear, quantizers_of
 from iasvit.progress import Progress
-from iasvit.quantizers import Log2Quantizer, Quantizer, SULQuantizer
+from iasvit.quantizers import SOFTMAX_QUANTIZERS, Log2Quantizer, Quantizer, SULQuantizer, UniformQuantizer
 from iasvit.reconstruction import SegmentJob
 from iasvit.sos import IASViT
 from iasvit.spec import QuantSpec
@@ -225,16 +226,65 @@ def test_without_sos_there_is_one_stage_per_tensor_of_twice_the_steps(
             assert torch.equal(quantized.get_submodule(name).weight, module.weight)  # not reparameterized
 
 
-@pytest.mark.parametrize(("sulq", "kind"), [(True, SULQuantizer), (False, Log2Quantizer)])
-def test_the_ingredient_sulq_is_the_softmax_quantizer(
-    vit: nn.Module, images: Tensor, sulq: bool, kind: type[Quantizer]
+@pytest.mark.parametrize("name", SOFTMAX_QUANTIZERS)
+def test_the_option_softmax_names_the_quantizer_of_attention_maps_and_of_nothing_else(
+    vit: nn.Module, images: Tensor, name: str
 ) -> None:
-    quantized = quantize(vit, images, sulq=sulq, iterations=0)
-    for block in quantized.blocks:
-        assert type(block.attn.matmul_av.left_quantizer) is kind
-    others = {type(m) for m in quantized.modules() if isinstance(m, Quantizer)} - {kind}
-    assert SULQuantizer not in others
-    assert Log2Quantizer not in others
+    quantized = quantize(vit, images, softmax=name, iterations=1)
+    expected = SOFTMAX_QUANTIZERS[name](3)
+    assert (type(expected) is SULQuantizer) == (name == "sulq")
+    own = {f"blocks.{index}.attn.matmul_av.left_quantizer" for index in range(2)}
+    for path, module in quantized.named_modules():
+        if isinstance(module, Quantizer):
+            assert (module.config() == expected.config()) if path in own else (type(module) is UniformQuantizer)
+
+
+def test_without_sulq_the_papers_log2_takes_its_place(vit: nn.Module, images: Tensor) -> None:
+    """Its scale is the largest value seen, and its last code is a power of two, not 0."""
+    method = get_method("ias_vit[-sulq]", iterations=0)
+    quantized = method.quantize(vit, images, W3A3, Progress())
+    quantizer = quantized.blocks[0].attn.matmul_av.left_quantizer
+    assert type(quantizer) is Log2Quantizer
+    values = quantizer.decode(torch.arange(8))
+    assert torch.equal(values, quantizer.scale * 2.0 ** -torch.arange(8.0))
+
+
+def test_an_unknown_softmax_quantizer_is_refused() -> None:
+    with pytest.raises(IasvitError, match="softmax is 'sqrt', but there are sulq, log2, log2_searched"):
+        IASViT(softmax="sqrt")
+
+
+@pytest.mark.parametrize("sos", [True, False])
+def test_quantizers_are_initialised_by_one_pass_of_the_quantized_model(
+    model: nn.Module, images: Tensor, monkeypatch: pytest.MonkeyPatch, sos: bool
+) -> None:
+    """Weights in full precision, nothing learnt: with all quantizers on, the pass gives each the same input again."""
+    given: dict[int, Tensor] = {}
+    calibrate = Quantizer.calibrate
+
+    def noted(self: Quantizer, x: Tensor) -> None:
+        given.setdefault(id(self), x.clone())
+        calibrate(self, x)
+
+    seen: list[bool] = []
+
+    def check(_model: nn.Module, quantized: nn.Module, given_images: Tensor, *_args: Any, **kwargs: Any) -> None:
+        kwargs["start"](calibration_store(given_images, torch.device("cpu")))
+        activations = dict(quantizers_of(quantized, weights=False))
+        again: dict[int, Tensor] = {}
+        for quantizer in activations.values():
+            quantizer.register_forward_pre_hook(lambda module, args: again.update({id(module): args[0].clone()}))
+        with enabled(list(quantizers_of(quantized, weights=True)), False), torch.no_grad():
+            quantized(given_images[:7])
+        assert given.keys() == again.keys() == {id(quantizer) for quantizer in activations.values()}
+        assert all(torch.equal(again[key], x) for key, x in given.items())
+        assert all(quantizer.enabled for quantizer in activations.values())
+        seen.append(True)
+
+    monkeypatch.setattr(Quantizer, "calibrate", noted)
+    monkeypatch.setattr("iasvit.sos.stream", check)
+    quantize(model, images, init_size=7, sos=sos)
+    assert seen
 
 
 def test_the_result_is_quantized_through_and_through(model: nn.Module, images: Tensor) -> None:
@@ -398,8 +448,9 @@ def test_each_stage_is_a_phase_of_its_own(vit: nn.Module, images: Tensor) -> Non
             assert stage in absent or progress.seconds[name] > 0
 
 
-def test_autocast_learns_as_float32_does(vit: nn.Module, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_autocast_learns_as_float32_does(vit: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     """Products are in bfloat16; parameters stay in float32, the loss falls, and what is learnt is about the same."""
+    images = tiny_models.images(40)  # of a dozen, what is learnt is the noise of single images
     losses: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
     products: dict[bool, set[torch.dtype]] = {False: set(), True: set()}
     optimize = sos.optimize
@@ -422,7 +473,8 @@ def test_autocast_learns_as_float32_does(vit: nn.Module, images: Tensor, monkeyp
 
     monkeypatch.setattr(sos, "optimize", watched)
     models = [
-        quantize(vit, images, QuantSpec(6, 6), iterations=30, lr=1e-3, autocast=autocast) for autocast in (False, True)
+        quantize(vit, images, QuantSpec(6, 6), iterations=30, batch_size=8, lr=1e-3, autocast=autocast)
+        for autocast in (False, True)
     ]
     assert products == {False: {torch.float32}, True: {torch.bfloat16}}
     assert all(p.dtype == torch.float32 for p in models[1].parameters())

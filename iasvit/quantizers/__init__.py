@@ -1,8 +1,10 @@
 """Quantizers: tensors in, integer codes or fake-quantized tensors out. They know nothing of layers or models."""
 
+from iasvit.quantizers.adalog import AdaLogQuantizer
 from iasvit.quantizers.base import Quantizer
 from iasvit.quantizers.log2 import Log2Quantizer
 from iasvit.quantizers.search import ACTIVATION_PERCENTILES, WEIGHT_PERCENTILES
+from iasvit.quantizers.softmax import SOFTMAX_QUANTIZERS
 from iasvit.quantizers.sulq import SULQuantizer
 from iasvit.quantizers.symmetric import SymmetricQuantizer
 from iasvit.quantizers.twin import TwinGELUQuantizer, TwinSoftmaxQuantizer
@@ -10,7 +12,9 @@ from iasvit.quantizers.uniform import UniformQuantizer
 
 __all__ = [
     "ACTIVATION_PERCENTILES",
+    "SOFTMAX_QUANTIZERS",
     "WEIGHT_PERCENTILES",
+    "AdaLogQuantizer",
     "Log2Quantizer",
     "Quantizer",
     "SULQuantizer",

@@ -44,12 +44,14 @@ class Log2Quantizer(Quantizer):
 
     k = 1 is log2, k = 2 log-sqrt2 (RepQ-ViT eq. 9-11): 2^(-q/2) is a shift by ceil(q / 2), with the scale multiplied by
     sqrt(2) for odd codes. The papers' code sets values whose unclamped code is 2^b or more to 0, which together with
-    2^b powers makes 2^b + 1 levels; a b-bit code has 2^b, so here the last one is the 0 that they need.
+    2^b powers makes 2^b + 1 levels; a b-bit code has 2^b, so here the last one is the 0 that they need. The log2 that
+    I&S-ViT compares SULQ with (its eq. 5) has neither that 0 nor a search: percentiles (1.0,), zero_code False.
 
     Args:
         n_bits: b, 2 to 8.
         steps_per_octave: k, 1 or 2.
         percentiles: upper percentiles to try for s; the one of least mean squared error is kept.
+        zero_code: whether the last code stands for 0; else for s·2^(-(2^b - 1)/k) as the formula has it.
 
     Attributes:
         scale: s, a float32 scalar.
@@ -59,11 +61,16 @@ class Log2Quantizer(Quantizer):
     parameters_: ClassVar[tuple[str, ...]] = ("scale",)
 
     def __init__(
-        self, n_bits: int, steps_per_octave: int = 1, percentiles: Sequence[float] = ACTIVATION_PERCENTILES
+        self,
+        n_bits: int,
+        steps_per_octave: int = 1,
+        percentiles: Sequence[float] = ACTIVATION_PERCENTILES,
+        zero_code: bool = True,
     ) -> None:
         super().__init__(n_bits)
         self.steps_per_octave = steps_per_octave
         self.percentiles = tuple(percentiles)
+        self.zero_code = zero_code
 
     def _calibrate(self, x: Tensor) -> None:
         require_non_negative(x)
@@ -84,7 +91,7 @@ class Log2Quantizer(Quantizer):
             shift = torch.ceil(codes / 2)
             odd = codes != shift * 2
             values = power_of_two(-shift).mul_(torch.where(odd, scale * math.sqrt(2), scale))
-        return values.masked_fill_(codes == self.n_levels - 1, 0.0)
+        return values.masked_fill_(codes == self.n_levels - 1, 0.0) if self.zero_code else values
 
     def _codes(self, x: Tensor) -> Tensor:
         return self._scaled_codes(x, self.scale)
@@ -93,13 +100,17 @@ class Log2Quantizer(Quantizer):
         return self._scaled_values(codes, self.scale)
 
     def _ste(self, x: Tensor, values: Tensor) -> Tensor:
-        # d/dx of s·2^(log2(x / s)) with the rounding passed through is x̂ / x; 0 above s and where x̂ = 0.
+        # d/dx of s·2^(log2(x / s)) with the rounding passed through is x̂ / x; 0 where x is clamped and where x̂ = 0.
         inside = (x < self.scale * 2 ** (0.5 / self.steps_per_octave)) & (values > 0)
+        if not self.zero_code:
+            inside &= x > self.scale * 2 ** ((0.5 - self.n_levels) / self.steps_per_octave)
         return torch.where(inside, values / x, 0.0)
 
     def config(self) -> dict[str, Any]:
-        return {**super().config(), "steps_per_octave": self.steps_per_octave, "percentiles": list(self.percentiles)}
+        own = {"steps_per_octave": self.steps_per_octave, "percentiles": list(self.percentiles)}
+        return {**super().config(), **own, "zero_code": self.zero_code}
 
     def configure(self, config: dict[str, Any]) -> None:
         super().configure(config)
         self.steps_per_octave, self.percentiles = config["steps_per_octave"], tuple(config["percentiles"])
+        self.zero_code = config.get("zero_code", True)  # files of earlier versions do not say

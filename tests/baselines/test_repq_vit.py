@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
@@ -184,11 +185,12 @@ def test_post_layernorm_codes_survive_the_folding(monkeypatch: pytest.MonkeyPatc
     before: list[UniformQuantizer] = []
     original = calibration.calibrate_in_sequence
 
-    def calibrate(quantizers: list[tuple[str, Quantizer]], run: object) -> None:
-        original(quantizers, run)
+    def calibrate(quantizers: list[tuple[str, Quantizer]], run: Callable[[], object]) -> object:
+        outputs = original(quantizers, run)
         before.extend(copy.deepcopy(q) for name, q in quantizers if name.endswith("qkv.input_quantizer"))
+        return outputs
 
-    monkeypatch.setattr("iasvit.calibration.calibrate_in_sequence", calibrate)
+    monkeypatch.setattr(calibration, "calibrate_in_sequence", calibrate)
     quantized = RepQViT().quantize(model, tiny_images(model, 4), QuantSpec.parse("W4A4"), Progress())
     x = torch.randn(2, 17, 24, generator=torch.Generator().manual_seed(5))
     for block, reference, quantizer in zip(quantized.blocks, model.blocks, before, strict=True):

@@ -26,6 +26,19 @@ def test_log2_codes_by_hand() -> None:
     assert quantizer(x).tolist() == [1, 0.5, 0.5, 0.25, 0.25, 0.125, 1 / 64, 0, 0, 1]
 
 
+def test_without_a_code_for_zero_the_last_code_is_a_power_too() -> None:
+    """The log2 that I&S-ViT compares SULQ with: its scale is the largest value seen, and 0 becomes 2^-(2^b - 1)."""
+    x = torch.tensor([0.75, 0.6, 0.1, 1e-4, 0.0])
+    quantizer = Log2Quantizer(2, percentiles=(1.0,), zero_code=False)
+    quantizer.calibrate(x)
+    assert quantizer.scale.item() == 0.75
+    assert quantizer.encode(x).tolist() == [0, 0, 3, 3, 3]
+    assert quantizer(x).tolist() == [0.75, 0.75, 0.75 / 8, 0.75 / 8, 0.75 / 8]
+    leaf = x.clone().requires_grad_(True)
+    quantizer(leaf).sum().backward()
+    torch.testing.assert_close(leaf.grad, torch.tensor([1.0, 0.75 / 0.6, 0.9375, 0, 0]))  # 0 where x is clamped
+
+
 def test_log2_scale_by_hand() -> None:
     # s = 0.75, 2 bits: x / s = 1, 0.8, 0.6, 0.4, 0.2, 0.1 → -log2 = 0, 0.32, 0.74, 1.32, 2.32, 3.32 → 0 0 1 1 2 3
     x = 0.75 * torch.tensor([1.0, 0.8, 0.6, 0.4, 0.2, 0.1])
