@@ -23,7 +23,7 @@ from iasvit.harness import Cell
 from iasvit.progress import Progress
 from iasvit.results import ResultStore
 from iasvit.spec import QuantSpec
-from tasks import imagenet_data, metrics
+from tasks import folder_data, imagenet_data, metrics
 from tasks.imagenet import MINI, PAPER, Data, ImageNetTask, app, make_cells, make_task
 from tasks.imagenet_data import FolderImages, ImagenetteImages, MiniImages, fetch_imagenette, imagenet_classes, spread
 from tasks.imagenet_models import PAPER_BACKBONES, MiniModels, TimmModels
@@ -207,7 +207,7 @@ def test_an_unreadable_image_is_named_counted_and_skipped(tree: Path, capsys: py
 
 
 def test_workers_and_a_split_of_nothing_but_damage(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(imagenet_data, "EVALUATION_BATCH", 2)  # 9 images are then enough for worker processes
+    monkeypatch.setattr(folder_data, "EVALUATION_BATCH", 2)  # 9 images are then enough for worker processes
     assert labels_of(FolderImages(tree)) == [0, 0, 0, 497, 497, 497, 999, 999, 999]
     for path in (tree / "val").rglob("*.JPEG"):
         damage(path)
@@ -638,9 +638,8 @@ def test_it_runs_as_a_script_and_from_the_iasvit_command(command: list[str]) -> 
 def test_the_sample_of_real_photographs() -> None:
     task = make_task(Data.imagenet, SAMPLE, pretrained=False, limit=50)
     classes = imagenet_classes()
-    dataset = task.images._dataset
-    assert len(dataset) == 800
-    for path, label in dataset.reader.samples:
+    assert len(task.images.evaluated) == 800
+    for path, label in task.images.evaluated:
         assert classes[Path(path).parent.name] == label
     network = task.load_model("deit_t")
     predictions = task.predict("deit_t", network, Progress())
