@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 
 from iasvit.errors import IasvitError
 from iasvit.results import warn
+from iasvit.tables import slug
 from tasks.image_files import EXTENSIONS, UNREADABLE_ERRORS, Samples, entries, examples, list_images, read_rgb
 
 DataConfig = dict[str, Any]  # what timm's resolve_data_config says of a model
@@ -26,6 +27,7 @@ TRAIN_NAMES = ("train", "training")
 VAL_NAMES = ("val", "valid", "validation")
 UNREADABLE = -1  # label of an image that could not be read
 CALIBRATION_SHARE = 5  # of so many images of a class one is for calibration, where there is no folder for that
+UNLABELLED = "-unlabelled"  # ends the name of a data set that is evaluated without labels
 SPLIT_SEED = 0  # of that draw, whatever the cell's seed: all cells are evaluated on the same images
 
 
@@ -194,6 +196,33 @@ class AnyFolderImages(Photographs):
     def calibration_samples(self) -> Samples:
         """See `Photographs`."""
         return _tree(self._train) if self._train else self._rest
+
+
+def folder_dataset(root: Path, name: str | None, labels: bool, reserved: tuple[str, ...]) -> str:
+    """The name in rows of a folder: the one given or else the folder's own, and "-unlabelled" behind without labels.
+
+    Args:
+        root: the folder.
+        name: small letters, digits, "-" and "_"; None for the folder's own, made so.
+        labels: whether the images are evaluated with labels.
+        reserved: names of other data sets.
+
+    Raises:
+        IasvitError: a name given that is not fit for a file, or one of another data set.
+    """
+    chosen = slug(root.resolve().name) if name is None else name
+    if not chosen or chosen != slug(chosen):
+        good = slug(chosen) or "my-images"
+        raise IasvitError(
+            f"the data set cannot be called {chosen or root.resolve().name!r}: small letters, digits, - and _ make a "
+            f"name; give one as --data-name {good}"
+        )
+    if chosen in reserved or chosen.endswith(UNLABELLED):
+        raise IasvitError(
+            f"the data set cannot be called {chosen!r}, since {', '.join(reserved)} and names that end in {UNLABELLED} "
+            f"are taken; give another as --data-name NAME"
+        )
+    return chosen if labels else chosen + UNLABELLED
 
 
 def split(samples: Samples) -> tuple[Samples, Samples]:
