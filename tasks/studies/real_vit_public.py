@@ -140,13 +140,13 @@ def read_onnx(path: Path) -> dict[str, Tensor]:
         IasvitError: it is no ONNX file.
     """
     import onnx
-    from google.protobuf.message import DecodeError
+    from onnx import numpy_helper
 
     try:
         graph = onnx.load(path).graph
-    except (OSError, DecodeError) as error:
+    except Exception as error:  # OSError, or one of protobuf, which onnx reads with
         raise IasvitError(f"{path} cannot be read as ONNX: {error}") from None
-    values = {item.name: torch.from_numpy(onnx.numpy_helper.to_array(item).copy()) for item in graph.initializer}
+    values = {item.name: torch.from_numpy(numpy_helper.to_array(item).copy()) for item in graph.initializer}
     for node in graph.node:
         if node.op_type == "MatMul" and node.input[1] in values:  # "/backbone/encoder/layer.0/mlp/fc1/MatMul"
             layer = node.name.strip("/").removesuffix("/MatMul").replace("/", ".")

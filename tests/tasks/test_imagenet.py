@@ -7,8 +7,10 @@ import subprocess
 import sys
 import urllib.error
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+import commands
 import numpy as np
 import pytest
 import timm
@@ -17,7 +19,6 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from iasvit.cli import main
 from iasvit.errors import IasvitError
 from iasvit.harness import Cell
 from iasvit.progress import Progress
@@ -492,22 +493,8 @@ def test_cells_are_all_combinations_with_the_options_that_their_method_takes(
 # ---- the command ---------------------------------------------------------------------------------------------------
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *args: object) -> int:
-    """Run the command in this process; its exit status."""
-    monkeypatch.setattr(sys, "argv", ["imagenet.py", *map(str, args)])
-    with pytest.raises(SystemExit) as status:
-        main(app)
-    return int(status.value.code or 0)
-
-
-def complaint(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *args: object) -> str:
-    """The one sentence that the command prints to bad input."""
-    assert run(monkeypatch, *args) == 2
-    err = capsys.readouterr().err
-    lines = [line for line in err.splitlines() if not line.startswith("warning:")]
-    assert len(lines) == 1, err
-    assert lines[0].startswith("error: ")
-    return lines[0]
+run = partial(commands.run, app)
+complaint = partial(commands.complaint, app)
 
 
 @pytest.mark.parametrize(
