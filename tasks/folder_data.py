@@ -266,7 +266,7 @@ def _labelled(folder: Path) -> Samples:
             f"data folder {folder} holds {holds}, but labels need two or more; --no-labels takes images without labels"
         )
     if files:
-        warn(f"{folder}: left out {len(files)} files that lie in no class folder: {examples(files)}")
+        warn(f"{folder}: left out files that lie in no class folder ({len(files)}): {examples(files)}")
     names = class_order(folders)
     samples = list_images(folder, {name: label for label, name in enumerate(names)})
     present = {label for _, label in samples}

@@ -78,7 +78,7 @@ def list_images(folder: Path, classes: dict[str, int]) -> Samples:
 
     samples = make_dataset(str(folder), classes, is_valid_file=is_image, allow_empty=True)
     if others:
-        warn(f"{folder}: left out {len(others)} files that are no images by their extension: {examples(others)}")
+        warn(f"{folder}: left out files that are no images by their extension ({len(others)}): {examples(others)}")
     return sorted(samples, key=lambda sample: natural_key(sample[0]))
 
 
