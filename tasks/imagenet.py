@@ -25,6 +25,7 @@ from iasvit.methods import list_methods
 from iasvit.progress import Progress
 from iasvit.results import ResultStore
 from iasvit.spec import QuantSpec
+from tasks.folder_data import AnyFolderImages, folder_dataset
 from tasks.imagenet_data import (
     MINI_BATCH,
     MINI_BATCH_GPU,
@@ -34,7 +35,7 @@ from tasks.imagenet_data import (
     MiniImages,
 )
 from tasks.imagenet_models import MiniModels, Models, TimmModels
-from tasks.metrics import CLASSIFICATION_METRICS, Predictions, classification_scores
+from tasks.metrics import CLASSIFICATION_METRICS, UNLABELLED_METRICS, Predictions, classification_scores
 from tasks.options import at_least, check_models, make_cells, make_device, parse_options, unique
 
 DATA_ROOT = "IASVIT_IMAGENET"
@@ -48,11 +49,16 @@ class Data(str, Enum):
     mini_hard = "mini-hard"
     imagenette = "imagenette"
     imagenet = "imagenet"
+    folder = "folder"
 
     @property
     def embedded(self) -> bool:
         """Whether it needs nothing but this repository."""
         return self in (Data.mini, Data.mini_hard)
+
+
+# Names that a folder cannot have: of the other data sets, and of the tables of published values.
+RESERVED = (*(data.value for data in Data if data is not Data.folder), "published")
 
 
 @dataclass(frozen=True)
@@ -97,11 +103,11 @@ class ImageNetTask:
     """
 
     name = "imagenet"
-    metrics = CLASSIFICATION_METRICS
 
     def __init__(self, dataset: str, images: Images, models: Models, device: torch.device) -> None:
         self.dataset = dataset
         self.images = images
+        self.metrics = UNLABELLED_METRICS if images.num_classes is None else CLASSIFICATION_METRICS
         self.models = models
         self.device = device
 
@@ -117,14 +123,22 @@ class ImageNetTask:
             IasvitError: the model cannot be had, or its classes are not the data's.
         """
         network = self.models.load(model)
-        if network.num_classes not in self.images.num_classes:
-            counts = " or ".join(str(count) for count in self.images.num_classes)
-            raise IasvitError(
-                f"backbone {model!r} has {network.num_classes} classes, but the labels of {self.dataset} are of "
-                f"{counts}; choose a model or weights with as many"
-            )
+        self.check_classes(model, network)
         self.images.prepare()
         return network.to(self.device)
+
+    def check_classes(self, model: str, network: nn.Module) -> None:
+        """Raise IasvitError where the network's classes are not the data's, or it has none."""
+        allowed = self.images.num_classes
+        if allowed is None and network.num_classes == 0:
+            raise IasvitError(f"backbone {model!r} has no classifier, so that there are no answers to compare")
+        if allowed is not None and network.num_classes not in allowed:
+            counts = " or ".join(str(count) for count in allowed)
+            without = ", or leave labels out with --no-labels" if isinstance(self.images, AnyFolderImages) else ""
+            raise IasvitError(
+                f"backbone {model!r} has {network.num_classes} classes, but the labels of {self.dataset} are of "
+                f"{counts}; choose a model or weights with as many{without}"
+            )
 
     def weights(self, model: str) -> str:
         """See `iasvit.harness.Task`."""
@@ -141,7 +155,7 @@ class ImageNetTask:
             with progress.phase("evaluation", len(self.images)) as bar:
                 for images, labels, positions in self.images.batches(self.models.config(model)):
                     logits = network(images.to(self.device, non_blocking=True))
-                    remap = self.images.num_classes[logits.shape[1]]
+                    remap = (self.images.num_classes or {}).get(logits.shape[1])
                     yield logits, labels if remap is None else remap[labels], positions
                     bar.update(len(images))
 
@@ -150,7 +164,8 @@ class ImageNetTask:
 
     def score(self, predictions: Predictions, reference: Predictions) -> dict[str, float]:
         """See `iasvit.harness.Task`."""
-        return classification_scores(predictions, reference)
+        scores = classification_scores(predictions, reference)
+        return {name: scores[name] for name in self.metrics}
 
 
 def make_task(
@@ -161,43 +176,58 @@ def make_task(
     pretrained: bool = True,
     device: torch.device | None = None,
     limit: int | None = None,
+    data_name: str | None = None,
+    labels: bool = True,
+    img_size: int | None = None,
 ) -> ImageNetTask:
     """The task on a data set.
 
     Args:
         data: which.
-        data_root: folder of imagenet (IASVIT_IMAGENET by default), or where imagenette lies or is downloaded to.
+        data_root: folder of imagenet (IASVIT_IMAGENET by default) or folder, or where imagenette lies or is downloaded
+            to.
         checkpoint: weights from this file.
         pretrained: otherwise trained weights, or random ones.
         device: None for the CPU.
         limit: evaluate only so many images.
+        data_name: the data set's name in rows, of a folder; None for the folder's own.
+        labels: of a folder; without, only what needs none is measured.
+        img_size: see `TimmModels`.
 
     Raises:
-        IasvitError: data that is not there, or holds nothing that can be evaluated.
+        IasvitError: data that is not there, or holds nothing that can be evaluated; an argument of other data.
     """
     device = device or torch.device("cpu")
-    models: Models
-    images: Images
+    if data is not Data.folder and (data_name is not None or not labels):
+        option = "--no-labels" if data_name is None else "--data-name"
+        raise IasvitError(f"{option} does not go with --data {data.value}; --data folder takes it")
+    dataset, images, models = data.value, None, TimmModels(pretrained, checkpoint, img_size)
+    pin_memory = device.type == "cuda"
     if data.embedded:
         if data_root is not None:
-            raise IasvitError(f"--data-root does not go with --data {data.value}; --data imagenet reads a folder")
+            raise IasvitError(
+                f"--data-root does not go with --data {data.value}; --data imagenet and --data folder read a folder"
+            )
+        if img_size is not None:
+            raise IasvitError(f"--img-size does not go with --data {data.value}, whose images are of one size")
         models = MiniModels(data is Data.mini_hard, pretrained, checkpoint)
         images = MiniImages(limit, MINI_BATCH_GPU if device.type == "cuda" else MINI_BATCH)
+    elif data is Data.imagenette:
+        images = ImagenetteImages(data_root or Path(torch.hub.get_dir()) / "iasvit", limit, pin_memory)
+    elif data is Data.imagenet:
+        root = data_root or (Path(os.environ[DATA_ROOT]) if os.environ.get(DATA_ROOT) else None)
+        if root is None:
+            raise IasvitError(
+                f"--data imagenet needs a folder: give --data-root FOLDER or set {DATA_ROOT} to one that holds "
+                f"train/ and val/"
+            )
+        images = FolderImages(root, limit, pin_memory)
     else:
-        models = TimmModels(pretrained, checkpoint)
-        pin_memory = device.type == "cuda"
-        if data is Data.imagenette:
-            root = data_root or Path(torch.hub.get_dir()) / "iasvit"
-            images = ImagenetteImages(root, limit, pin_memory)
-        else:
-            root = data_root or (Path(os.environ[DATA_ROOT]) if os.environ.get(DATA_ROOT) else None)
-            if root is None:
-                raise IasvitError(
-                    f"--data imagenet needs a folder: give --data-root FOLDER or set {DATA_ROOT} to one that holds "
-                    f"train/ and val/"
-                )
-            images = FolderImages(root, limit, pin_memory)
-    return ImageNetTask(data.value, images, models, device)
+        if data_root is None:
+            raise IasvitError("--data folder needs a folder of images: give --data-root FOLDER")
+        dataset = folder_dataset(data_root, data_name, labels, RESERVED)
+        images = AnyFolderImages(data_root, limit, pin_memory, labels=labels)
+    return ImageNetTask(dataset, images, models, device)
 
 
 app = make_app()
@@ -219,19 +249,39 @@ def imagenet(
         typer.Option(help="Repeatable; also a variant as ias_vit[-sulq]. [default: all]", show_default=False),
     ] = None,
     data: Annotated[
-        Data, typer.Option(help="mini and mini-hard are embedded; imagenette downloads 99 MB.")
+        Data,
+        typer.Option(
+            help="mini and mini-hard are embedded; imagenette downloads 99 MB; folder: any, with a folder a class."
+        ),
     ] = Data.mini,
     data_root: Annotated[
         Path | None,
         typer.Option(
-            help=f"Folder that holds ImageNet's train/ and val/ [default: ${DATA_ROOT}], or where Imagenette goes.",
+            help=f"Folder that holds ImageNet's train/ and val/ [default: ${DATA_ROOT}], or where Imagenette goes. Of "
+            "--data folder: val/ is evaluated and train/, a tree of any names, calibrated on. With one of them, or "
+            "class folders alone, a fifth of each class, drawn by a fixed seed, is calibrated on, the rest evaluated.",
             show_default=False,
         ),
     ] = None,
+    data_name: Annotated[
+        str | None,
+        typer.Option(help="Of --data folder: the data set's name in rows. [default: the folder's]", show_default=False),
+    ] = None,
+    labels: Annotated[
+        bool,
+        typer.Option(help="Of --data folder: without, any images and classes; agreement and cosine alone."),
+    ] = True,
     checkpoint: Annotated[
         Path | None, typer.Option(help="The backbone's weights: safetensors, or torch.save's of tensors.")
     ] = None,
     pretrained: Annotated[bool, typer.Option(help="Trained weights, or random ones of a fixed seed.")] = True,
+    img_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Pixels a side of timm's model. [default: those of --checkpoint's position embedding, else timm's]",
+            show_default=False,
+        ),
+    ] = None,
     calib_size: Annotated[
         int | None, typer.Option(help=f"Calibration images. [{MINI.calib_size} mini, {PAPER.calib_size} real]")
     ] = None,
@@ -271,6 +321,7 @@ def imagenet(
         ("--batch-size", batch_size, 1),
         ("--iterations", iterations, 0),
         ("--seed", min(seed), 0),
+        ("--img-size", img_size, 1),
     ):
         at_least(option, value, least)
     given = {"iterations": iterations, "batch_size": batch_size, "lr": lr}
@@ -295,15 +346,20 @@ def imagenet(
         pretrained=pretrained,
         device=make_device(device),
         limit=limit,
+        data_name=data_name,
+        labels=labels,
+        img_size=img_size,
     )
     check_models(task.models, backbones, specs)
+    for name in backbones:
+        task.check_classes(name, task.models.architecture(name))
     task.images.check_calibration(cells[0].calib_size)
     store = ResultStore(results)
     if dry_run:
         print(format_estimates(estimate(task, cells, store, force=force)))
         return
     rows = run_cells(task, cells, store, force=force)
-    print(table(rows, ("top1", "agreement", "cosine")))
+    print(table(rows, [name for name in ("top1", "agreement", "cosine") if name in task.metrics]))
     print(f"\nrows: {store.path(task.name, task.dataset)}")
     raise typer.Exit(exit_status(rows))
 

@@ -4,38 +4,30 @@ from __future__ import annotations
 
 import os
 import shutil
-import struct
 import tempfile
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
-from PIL import Image
-from timm.data import ImageDataset, ImageNetInfo, create_dataset, create_loader
+from timm.data import ImageNetInfo
 from torch import Tensor
 
 from iasvit.errors import IasvitError
 from iasvit.results import warn
+from tasks.folder_data import TRAIN_NAMES, UNREADABLE, VAL_NAMES, Batch, DataConfig, Photographs, spread
+from tasks.image_files import Samples, entries, examples, list_images
 
-DataConfig = dict[str, Any]  # what timm's resolve_data_config says of a model
-Batch = tuple[Tensor, Tensor, Tensor]  # images B×3×H×W normalised, labels int64 B, positions in the split int64 B
-
-EVALUATION_BATCH = 64
 MINI_BATCH = 16  # a mini model's attention maps then stay near a processor's cache
 MINI_BATCH_GPU = 250  # fewer launches
-TRAIN_NAMES = ("train", "training")
-VAL_NAMES = ("val", "valid", "validation")
-# What Pillow raises on a file that is no image, or a damaged one.
-UNREADABLE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
-UNREADABLE = -1  # label of an image that could not be read
 
 
 class Images(Protocol):
     """A data set's evaluation split and its calibration images."""
 
-    num_classes: dict[int, Tensor | None]  # classes that a model may have → label of each stored class (None: the same)
+    # Classes that a model may have → label of each stored class (None: the same). None: images without labels.
+    num_classes: dict[int, Tensor | None] | None
 
     def __len__(self) -> int:
         """Images in the evaluation split, unreadable ones included."""
@@ -58,19 +50,6 @@ def imagenet_classes() -> dict[str, int]:
     return {wnid: index for index, wnid in enumerate(ImageNetInfo("imagenet-1k").label_names())}
 
 
-def spread(total: int, limit: int | None) -> list[int]:
-    """Positions of `limit` of `total` images, evenly spaced: folders are sorted by class, so the first are one class.
-
-    Raises:
-        IasvitError: limit is out of [1, total].
-    """
-    if limit is None:
-        return list(range(total))
-    if not 1 <= limit <= total:
-        raise IasvitError(f"--limit is {limit}, but the evaluation split has {total} images; give 1 to {total}")
-    return [i * total // limit for i in range(limit)]
-
-
 # ---- folders ---------------------------------------------------------------------------------------------------------
 
 
@@ -83,11 +62,11 @@ def find_splits(root: Path) -> tuple[Path | None, Path]:
     Raises:
         IasvitError: no such folder, an empty one, or neither val/ nor a class folder in it.
     """
-    names = _folder_names(root)
+    names, _ = entries(root)
     train = next((root / name for name in TRAIN_NAMES if name in names), None)
     val = next((root / name for name in VAL_NAMES if name in names), None)
     if val is None and not imagenet_classes().keys() & names:
-        holds = ", ".join(sorted(names)[:3]) or "no folder"
+        holds = examples(names) or "no folder"
         raise IasvitError(
             f"data folder {root} holds neither val/ nor class folders named by WordNet id, such as n01440764; "
             f"it holds {holds}"
@@ -95,67 +74,28 @@ def find_splits(root: Path) -> tuple[Path | None, Path]:
     return train, val or root
 
 
-def _folder_names(folder: Path) -> set[str]:
-    if not folder.is_dir():
-        raise IasvitError(
-            f"data folder {folder} does not exist; --data-root names the folder that holds train/ and val/"
-        )
-    try:
-        names = {entry.name for entry in os.scandir(folder) if entry.is_dir()}
-        if not names and not any(os.scandir(folder)):
-            raise IasvitError(f"data folder {folder} is empty; class folders named by WordNet id are expected in it")
-    except OSError as error:
-        raise IasvitError(f"data folder {folder} cannot be read: {error.strerror or error}") from None
-    return names
-
-
-def open_folder(folder: Path) -> ImageDataset:
+def open_folder(folder: Path) -> Samples:
     """The images in a folder's class folders, labelled by WordNet id; folders of other names are left out, and said so.
 
     Raises:
         IasvitError: an empty folder, no folder of a known class, or no image in those.
     """
-    classes, names = imagenet_classes(), _folder_names(folder)
+    classes, (names, _) = imagenet_classes(), entries(folder)
     if not classes.keys() & names:
-        holds = f"it holds {', '.join(sorted(names)[:3])}" if names else "it holds no folder"
         raise IasvitError(
             f"data folder {folder} holds no class folder named by a WordNet id of ImageNet-1k, such as n01440764; "
-            f"{holds}"
+            f"it holds {examples(names) or 'no folder'}"
         )
     if unknown := sorted(names - classes.keys()):
-        more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
-        warn(f"{folder}: left out folders that are no ImageNet-1k class: {', '.join(unknown[:3])}{more}")
-    try:
-        return create_dataset("", root=str(folder), search_split=False, class_map=classes)
-    except RuntimeError:
-        raise IasvitError(f"data folder {folder} has class folders, but no image in them") from None
+        warn(f"{folder}: left out folders that are no ImageNet-1k class: {examples(unknown)}")
+    samples = list_images(folder, {name: classes[name] for name in names & classes.keys()})
+    if not samples:
+        raise IasvitError(f"data folder {folder} has class folders, but no image in them")
+    return samples
 
 
-class Selection(ImageDataset):
-    """Some images of a folder, in the order given; one that cannot be read comes blank, with the label UNREADABLE.
-
-    timm's own dataset puts the next image in its place, which would count that one twice.
-    """
-
-    def __init__(self, dataset: ImageDataset, positions: list[int]) -> None:
-        super().__init__(root="", reader=dataset.reader)
-        self.positions = positions
-
-    def __len__(self) -> int:
-        return len(self.positions)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        try:
-            file, label = self.reader[self.positions[index]]
-            with file:
-                image = Image.open(file).convert("RGB")
-        except UNREADABLE_ERRORS:
-            image, label = Image.new("RGB", (8, 8)), UNREADABLE
-        return self.transform(image), label
-
-
-class FolderImages:
-    """Photographs in class folders, through timm's transforms and loaders.
+class FolderImages(Photographs):
+    """ImageNet's photographs in folders named by WordNet id.
 
     Args:
         root: see `find_splits`.
@@ -166,81 +106,16 @@ class FolderImages:
     def __init__(self, root: Path, limit: int | None = None, pin_memory: bool = False) -> None:
         self.train, self.val = find_splits(root)
         self.num_classes: dict[int, Tensor | None] = {1000: None}
-        self._dataset = open_folder(self.val)
-        self._positions = spread(len(self._dataset), limit)
-        self._pin_memory = pin_memory
-        self._named: set[str] = set()
-
-    def __len__(self) -> int:
-        return len(self._positions)
-
-    def prepare(self) -> None:
-        """See `Images`; nothing: photographs are read as they are evaluated."""
-
-    def batches(self, config: DataConfig) -> Iterator[Batch]:
-        """See `Images`."""
-        return self._read(self._dataset, self._positions, config)
+        self.calibration_source = str(self.train or self.val)
+        super().__init__(open_folder(self.val), limit, pin_memory)
 
     @cached_property
-    def _calibration_dataset(self) -> ImageDataset:
+    def calibration_samples(self) -> Samples:
+        """See `Photographs`."""
         if self.train is not None:
             return open_folder(self.train)
         warn(f"{self.val} has no train folder beside it: calibration images are drawn from it, the evaluation split")
-        return self._dataset
-
-    def check_calibration(self, n: int) -> None:
-        """See `Images`."""
-        there = len(self._calibration_dataset)
-        if n > there:
-            raise IasvitError(f"--calib-size is {n}, but {self.train or self.val} has {there} images to calibrate on")
-
-    def calibration(self, config: DataConfig, n: int, seed: int) -> Tensor:
-        """See `Images`; the eval transform, and in place of an unreadable image the next one drawn."""
-        self.check_calibration(n)
-        dataset = self._calibration_dataset
-        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
-        images: list[Tensor] = []
-        found = start = 0
-        while found < n and start < len(order):
-            stop = start + n - found
-            for batch, _, _ in self._read(dataset, order[start:stop], config):
-                images.append(batch)
-                found += len(batch)
-            start = stop
-        if found < n:
-            raise IasvitError(
-                f"--calib-size is {n}, but of the {len(order)} images in {self.train or self.val} only {found} can be "
-                f"read"
-            )
-        return torch.cat(images)
-
-    def _read(self, dataset: ImageDataset, positions: list[int], config: DataConfig) -> Iterator[Batch]:
-        """The readable ones of the images at these positions, in order; a warning names each other one once."""
-        loader = create_loader(
-            Selection(dataset, positions),
-            input_size=config["input_size"],
-            batch_size=EVALUATION_BATCH,
-            interpolation=config["interpolation"],
-            mean=config["mean"],
-            std=config["std"],
-            crop_pct=config["crop_pct"],
-            crop_mode=config["crop_mode"],
-            # Few images are read before worker processes have started.
-            num_workers=min(16, os.cpu_count() or 1) if len(positions) > 2 * EVALUATION_BATCH else 0,
-            pin_memory=self._pin_memory,
-            persistent_workers=False,
-            use_prefetcher=False,
-        )
-        order = torch.tensor(positions)
-        for (images, labels), at in zip(loader, order.split(EVALUATION_BATCH), strict=True):
-            readable = labels != UNREADABLE
-            for position in at[~readable].tolist():
-                name = dataset.filename(position, absolute=True)
-                if name not in self._named:
-                    self._named.add(name)
-                    warn(f"{name} cannot be read as an image; left out")
-            if bool(readable.any()):
-                yield images[readable], labels[readable], at[readable]
+        return self.evaluated
 
 
 # ---- Imagenette ------------------------------------------------------------------------------------------------------
@@ -257,7 +132,7 @@ class ImagenetteImages(FolderImages):
 
     def __init__(self, root: Path, limit: int | None = None, pin_memory: bool = False) -> None:
         super().__init__(fetch_imagenette(root), limit, pin_memory)
-        ten = sorted({label for _, label in self._dataset.reader.samples})
+        ten = sorted({label for _, label in self.evaluated})
         if len(ten) == 10:
             labels = torch.full((1000,), UNREADABLE)
             labels[torch.tensor(ten)] = torch.arange(10)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import math
 import pickle
 import sys
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -62,11 +63,16 @@ class TimmModels:
     Args:
         pretrained: timm's weights, fetched as timm does; else random ones of RANDOM_SEED.
         checkpoint: weights from this file instead.
+        img_size: pixels a side that the model is made for; None for those of the checkpoint's position embedding where
+            that is of a square grid, else for timm's own. With another size than the weights are of, timm resamples
+            the position embedding.
     """
 
-    def __init__(self, pretrained: bool = True, checkpoint: Path | None = None) -> None:
+    def __init__(self, pretrained: bool = True, checkpoint: Path | None = None, img_size: int | None = None) -> None:
         self._pretrained = pretrained
         self._checkpoint = checkpoint
+        self._img_size = img_size
+        self._sizes: dict[str, int | None] = {}  # of `_size`
 
     def check(self, name: str) -> None:
         """See `Models`."""
@@ -89,11 +95,49 @@ class TimmModels:
             describe_file(self._checkpoint)
         elif self._pretrained and not tags:
             raise IasvitError(f"timm has no pretrained weights of {name!r}; give --checkpoint FILE or --no-pretrained")
+        self._check_size(name)
+
+    def _check_size(self, name: str) -> None:
+        """Raise IasvitError where the model cannot be of the size given."""
+        if (size := self._size(name)) is None:
+            return
+        try:
+            model = self.architecture(name)
+        except TypeError:
+            raise IasvitError(f"--img-size is {size}, but backbone {name!r} is not made for one image size") from None
+        patch = getattr(getattr(model, "patch_embed", None), "patch_size", (1,))[0]
+        if size % patch:
+            raise IasvitError(f"--img-size is {size}, but backbone {name!r} has patches of {patch} pixels")
+
+    @cached_property
+    def _shapes(self) -> dict[str, Tensor]:
+        """The checkpoint's weights, on the meta device."""
+        return {key: value.to("meta") for key, value in read_checkpoint(self._checkpoint).items()}
+
+    def _size(self, name: str) -> int | None:
+        """Pixels a side, where they are not timm's own for this model."""
+        if name not in self._sizes:
+            full = PAPER_BACKBONES.get(name, name)
+            own = resolve_data_config(pretrained_cfg=_pretrained_cfg(full))["input_size"][-1]
+            size = self._img_size
+            if size is None and self._checkpoint is not None:
+                with torch.device("meta"):
+                    size = _size_of(self._shapes, timm.create_model(full, pretrained=False), own)
+            self._sizes[name] = None if size == own else size
+        return self._sizes[name]
+
+    def _create(self, name: str, pretrained: bool = False) -> nn.Module:
+        """timm's model, of the checkpoint's classes and the size of `_size`."""
+        full, size = PAPER_BACKBONES.get(name, name), self._size(name)
+        options = {} if size is None else {"img_size": size}
+        if self._checkpoint is not None:
+            options["num_classes"] = _head_size(self._shapes, full)
+        return timm.create_model(full, pretrained=pretrained, **options)
 
     def architecture(self, name: str) -> nn.Module:
         """See `Models`."""
         with torch.device("meta"):
-            return timm.create_model(PAPER_BACKBONES.get(name, name), pretrained=False)
+            return self._create(name)
 
     def load(self, name: str) -> nn.Module:
         """See `Models`.
@@ -104,12 +148,11 @@ class TimmModels:
         self.check(name)
         full = PAPER_BACKBONES.get(name, name)
         if self._checkpoint is not None:
-            state = read_checkpoint(self._checkpoint)
-            model = timm.create_model(full, pretrained=False, num_classes=_head_size(state, full))
-            fill(model, state, self._checkpoint)
+            model = self._create(name)
+            fill(model, read_checkpoint(self._checkpoint), self._checkpoint, resample=self._img_size is not None)
         elif self._pretrained:
             try:
-                model = timm.create_model(full, pretrained=True)
+                model = self._create(name, pretrained=True)
             except Exception as error:  # the hub's client raises what its layers raise: OSError, httpx's, its own
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                 raise IasvitError(
@@ -119,21 +162,24 @@ class TimmModels:
         else:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(RANDOM_SEED)
-                model = timm.create_model(full, pretrained=False)
+                model = self._create(name)
         return model.eval()
 
     def config(self, name: str) -> DataConfig:
         """See `Models`."""
-        return resolve_data_config(pretrained_cfg=_pretrained_cfg(PAPER_BACKBONES.get(name, name)))
+        cfg, size = _pretrained_cfg(PAPER_BACKBONES.get(name, name)), self._size(name)
+        return resolve_data_config({} if size is None else {"img_size": size}, pretrained_cfg=cfg)
 
     def weights(self, name: str) -> str:
         """See `Models`."""
+        size = self._size(name)
+        at = "" if size is None else f", {size} pixels"
         if self._checkpoint is not None:
-            return describe_file(self._checkpoint)
+            return f"{describe_file(self._checkpoint)}{at}"
         if not self._pretrained:
-            return f"random, seed {RANDOM_SEED}"
+            return f"random, seed {RANDOM_SEED}{at}"
         full = PAPER_BACKBONES.get(name, name)
-        return f"timm {_pretrained_cfg(full)['architecture']}.{_pretrained_cfg(full)['tag']}"
+        return f"timm {_pretrained_cfg(full)['architecture']}.{_pretrained_cfg(full)['tag']}{at}"
 
 
 class MiniModels:
@@ -265,14 +311,37 @@ def _head_size(state: dict[str, Tensor], full: str) -> int | None:
     return next((len(state[f"{name}.weight"]) for name in names if f"{name}.weight" in state), None)
 
 
-def fill(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
+def _size_of(state: dict[str, Tensor], model: nn.Module, own: int) -> int | None:
+    """Pixels a side that a checkpoint's position embedding is for; None without one of a square grid.
+
+    Args:
+        state: of the checkpoint.
+        model: as timm makes it for images of `own` pixels.
+        own: pixels a side.
+    """
+    theirs, ours = state.get("pos_embed"), getattr(model, "pos_embed", None)
+    patches = getattr(getattr(model, "patch_embed", None), "num_patches", None)
+    if theirs is None or theirs.ndim != 3 or ours is None or not patches:
+        return None
+    tokens = theirs.shape[1] - (ours.shape[1] - patches)  # without those of class and distillation
+    side = math.isqrt(max(tokens, 0))
+    return side * own // math.isqrt(patches) if side and side * side == tokens else None
+
+
+def fill(model: nn.Module, state: dict[str, Tensor], path: Path, resample: bool = False) -> None:
     """Put a checkpoint's weights into a model, in place; an architecture's original key names are translated by timm.
+
+    Args:
+        model: as the checkpoint's.
+        state: of `read_checkpoint`.
+        path: for messages.
+        resample: let timm resample a position embedding of another size.
 
     Raises:
         IasvitError: keys or shapes do not fit; the message names them.
     """
     wanted = model.state_dict()
-    if state.keys() != wanted.keys():
+    if resample or state.keys() != wanted.keys():
         translate = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
         try:
             translated = translate(state, model) if translate else state

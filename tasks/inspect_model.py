@@ -25,7 +25,7 @@ app = make_app()
 def inspect(
     target: Annotated[str, typer.Argument(help="file of iasvit.save, or a backbone to quantize first")],
     data: Annotated[Data, typer.Option(help="whose images")] = Data.mini,
-    data_root: Annotated[Path | None, typer.Option(help="folder of imagenet or imagenette")] = None,
+    data_root: Annotated[Path | None, typer.Option(help="folder of images, imagenet or imagenette")] = None,
     pretrained: Annotated[bool, typer.Option(help="trained weights of a backbone, or random ones")] = True,
     bits: Annotated[str, typer.Option(help="of a backbone")] = "W4A4",
     method: Annotated[str, typer.Option(help="of a backbone")] = "minmax",
@@ -39,7 +39,7 @@ def inspect(
     if images < 1:
         raise IasvitError(f"--images is {images}, but 1 or more is expected")
     where = make_device(device)
-    task = make_task(data, data_root, pretrained=pretrained, device=where)
+    task = make_task(data, data_root, pretrained=pretrained, device=where, labels=data is not Data.folder)
     path = Path(target)
     if path.suffix == ".safetensors" or path.is_file():
         quantized = iasvit.load(path).to(where)

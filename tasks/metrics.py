@@ -13,6 +13,7 @@ from torch import Tensor
 from iasvit.errors import IasvitError
 
 CLASSIFICATION_METRICS = ("top1", "top1_se", "top5", "top5_se", "agreement", "cosine", "unreadable")
+UNLABELLED_METRICS = ("agreement", "cosine", "unreadable")  # those that need no labels
 
 HALF_ABOVE = 20_000  # images; beyond, logits are kept as float16: 1000 classes of 50 000 images are 100 MB then
 _HALF_MAX = torch.finfo(torch.float16).max

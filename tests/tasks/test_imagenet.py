@@ -7,8 +7,10 @@ import subprocess
 import sys
 import urllib.error
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+import commands
 import numpy as np
 import pytest
 import timm
@@ -17,13 +19,12 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from iasvit.cli import main
 from iasvit.errors import IasvitError
 from iasvit.harness import Cell
 from iasvit.progress import Progress
 from iasvit.results import ResultStore
 from iasvit.spec import QuantSpec
-from tasks import imagenet_data, metrics
+from tasks import folder_data, imagenet_data, metrics
 from tasks.imagenet import MINI, PAPER, Data, ImageNetTask, app, make_cells, make_task
 from tasks.imagenet_data import FolderImages, ImagenetteImages, MiniImages, fetch_imagenette, imagenet_classes, spread
 from tasks.imagenet_models import PAPER_BACKBONES, MiniModels, TimmModels
@@ -207,7 +208,7 @@ def test_an_unreadable_image_is_named_counted_and_skipped(tree: Path, capsys: py
 
 
 def test_workers_and_a_split_of_nothing_but_damage(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(imagenet_data, "EVALUATION_BATCH", 2)  # 9 images are then enough for worker processes
+    monkeypatch.setattr(folder_data, "EVALUATION_BATCH", 2)  # 9 images are then enough for worker processes
     assert labels_of(FolderImages(tree)) == [0, 0, 0, 497, 497, 497, 999, 999, 999]
     for path in (tree / "val").rglob("*.JPEG"):
         damage(path)
@@ -492,22 +493,8 @@ def test_cells_are_all_combinations_with_the_options_that_their_method_takes(
 # ---- the command ---------------------------------------------------------------------------------------------------
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *args: object) -> int:
-    """Run the command in this process; its exit status."""
-    monkeypatch.setattr(sys, "argv", ["imagenet.py", *map(str, args)])
-    with pytest.raises(SystemExit) as status:
-        main(app)
-    return int(status.value.code or 0)
-
-
-def complaint(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *args: object) -> str:
-    """The one sentence that the command prints to bad input."""
-    assert run(monkeypatch, *args) == 2
-    err = capsys.readouterr().err
-    lines = [line for line in err.splitlines() if not line.startswith("warning:")]
-    assert len(lines) == 1, err
-    assert lines[0].startswith("error: ")
-    return lines[0]
+run = partial(commands.run, app)
+complaint = partial(commands.complaint, app)
 
 
 @pytest.mark.parametrize(
@@ -638,9 +625,8 @@ def test_it_runs_as_a_script_and_from_the_iasvit_command(command: list[str]) -> 
 def test_the_sample_of_real_photographs() -> None:
     task = make_task(Data.imagenet, SAMPLE, pretrained=False, limit=50)
     classes = imagenet_classes()
-    dataset = task.images._dataset
-    assert len(dataset) == 800
-    for path, label in dataset.reader.samples:
+    assert len(task.images.evaluated) == 800
+    for path, label in task.images.evaluated:
         assert classes[Path(path).parent.name] == label
     network = task.load_model("deit_t")
     predictions = task.predict("deit_t", network, Progress())
