@@ -17,12 +17,13 @@ from torch import Tensor
 
 from iasvit.cli import main
 from iasvit.errors import IasvitError
+from iasvit.quantizers import SOFTMAX_QUANTIZERS
 from tasks.mini import zoo
 from tasks.mini.activations import SCENES, observe, scene_images
-from tasks.mini.softmax import KINDS
 
 app = typer.Typer(add_completion=False)
-GRIDS = ("uniform", "log2", "log-sqrt2", "SULQ")
+# name in the CSV file → name in SOFTMAX_QUANTIZERS
+GRIDS = {"uniform": "uniform", "log2": "log2_searched", "log-sqrt2": "log_sqrt2", "SULQ": "sulq"}
 LOWEST_OCTAVE = -16  # smaller values are of the first bin
 
 
@@ -49,7 +50,7 @@ def code_grid(values: Tensor, kind: str, n_bits: int) -> list[dict[str, object]]
         kind: one of GRIDS.
         n_bits: of a code.
     """
-    quantizer = KINDS[kind](n_bits)
+    quantizer = SOFTMAX_QUANTIZERS[GRIDS[kind]](n_bits)
     quantizer.calibrate(values)
     levels = quantizer.decode(torch.arange(quantizer.n_levels, device=values.device)).tolist()
     counts = quantizer.encode(values).flatten().int().bincount(minlength=quantizer.n_levels)
