@@ -89,6 +89,13 @@ def test_class_folders_alone_are_split(fill: Fill, inside: str) -> None:
     assert [label for _, label in evaluated] == [0] * 8 + [1] + [2]
 
 
+def test_images_are_in_the_order_of_labels(fill: Fill) -> None:
+    fill("a", 2)
+    images = AnyFolderImages(fill("B", 2))  # before "a" among classes, after it in natural order
+    assert images.num_classes == {2: None}
+    assert [Path(path).parent.name for path, _ in images.evaluated] == ["B", "a"]
+
+
 def test_the_split_does_not_move_with_other_classes_or_the_global_seed() -> None:
     samples = [(f"a/{i}", 0) for i in range(50)]
     first = split(samples)

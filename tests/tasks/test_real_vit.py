@@ -222,6 +222,16 @@ def test_the_public_study(monkeypatch: pytest.MonkeyPatch) -> None:
         assert (network(x).argmax(dim=1) == study.labels).float().mean() > 0.9
 
 
+def test_the_head_learns_from_no_calibration_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_onnx(monkeypatch, *exported(tiny(64)))
+    learnt: list[Tensor] = []
+    monkeypatch.setattr(real_vit_public, "train_head", lambda network, images, labels: learnt.extend(images))
+    path = Path("any.onnx")
+    study = make(path, read_onnx(path), cifar(300, 1), cifar(40, 2), torch.device("cpu"))
+    assert len(learnt) == 200
+    assert not {image.numpy().tobytes() for image in learnt} & {image.numpy().tobytes() for image in study.calibration}
+
+
 def test_packages_that_are_not_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
