@@ -153,7 +153,9 @@ def insert_quantizers(
     from iasvit.models.registry import adapter_for
 
     inserter = Inserter(spec, weight, activation)
+    device = next(model.parameters()).device
     adapter_for(model).insert(model, inserter)
+    model.to(device)  # quantizers too, although empty: a state that a journal restores goes where they are
     spec.check_overrides(inserter.names)
     for name, module in model.named_modules():
         if name in inserter.left:
