@@ -25,7 +25,8 @@ class BasePTQ:
     All quantizers are uniform with symmetric scales, those of post-softmax and post-GELU activations too. A layer's two
     scales are searched once each among `candidates` multiples of the max-abs scale, by the cosine distance of the
     layer's output to the full-precision one. A weight has one scale, the weight of Q, K and V one for each; an
-    activation has one.
+    activation has one. While scales are searched nothing else is quantized: all layers read the full-precision model's
+    activations of `init_size` images ("parallel" calibration, as in the public code).
 
     Options:
         candidates: scales to try.

@@ -24,6 +24,8 @@ MIN_MAX = (1.0,)  # the percentile pair (1, 0): the largest value and the least
 class MinMax:
     """Uniform quantizers over [min, max]: weights per output channel, activations per tensor on calibration images.
 
+    Ranges are those of the full-precision model: nothing is quantized while they are observed.
+
     Options:
         seed: every method has one; nothing is drawn here.
         init_size: calibration images used.

@@ -25,7 +25,7 @@ class PTQ4ViT:
     - Post-softmax and post-GELU activations have twin uniform quantizers: two ranges, a step for each, a shift apart.
     - All scales are searched, in the order of algorithm 1: a layer's two operands in turn, among `candidates` multiples
       of the max-abs scale, by the error of the layer's output weighted with its Fisher, every layer at the
-      full-precision model ("parallel").
+      full-precision model ("parallel", as in the public code: nothing else is quantized meanwhile).
     - A weight has one scale, the weight of Q, K and V one for each, that of a Conv2d one per output channel; an
       activation has one. (The public code gives each head its own scale of Q, K and V in the products.)
 
