@@ -25,8 +25,8 @@ class RepQViT:
     """RepQ-ViT (arXiv:2212.08254). No gradient, no search beyond each quantizer's own range.
 
     1. Quantize the weights, one scale and zero-point per output channel.
-    2. Calibrate the activation quantizers in the order of the forward, in one pass over `init_size` images, each on what
-       quantized weights and the quantizers before it have made of the activations, as in the public code:
+    2. Calibrate the activation quantizers in the order of the forward, in one pass over `init_size` images, each on
+       what quantized weights and the quantizers before it have made of the activations, as in the public code:
        post-LayerNorm ones per channel, post-softmax ones log-sqrt2, the others per tensor.
     3. Reparameterize each LayerNorm→Linear pair to one scale and zero-point per tensor. This changes the Linear's
        weight, so its quantizer is calibrated again, and what the quantized weight loses is not made up for (I&S-ViT

@@ -19,7 +19,9 @@ from iasvit.spec import QuantSpec
 
 @dataclass
 class RTN:
-    """Round to nearest, weights only; no range depends on an activation. At "W3A3" a row of this method has 3-bit weights and float32 activations.
+    """Round to nearest, weights only; no range depends on an activation.
+
+    At "W3A3" a row of this method has 3-bit weights and float32 activations.
 
     Weights are uniform over [min, max] of each output channel. The activation quantizers are there, of the spec's bits,
     but switched off: what the spec says of activations is not done, which no other method here does.
