@@ -9,12 +9,12 @@ from typing import ClassVar
 import torch
 from torch import nn
 
+from iasvit.calibration.scale_search import HessianGuided, search_scales
 from iasvit.errors import IasvitError
 from iasvit.methods import Calibration
 from iasvit.models import Site, insert_quantizers
 from iasvit.progress import Progress
 from iasvit.quantizers import Quantizer, SymmetricQuantizer, TwinGELUQuantizer, TwinSoftmaxQuantizer
-from iasvit.search import HessianGuided, search_scales
 from iasvit.spec import QuantSpec
 
 

@@ -17,18 +17,20 @@ import torch
 import typer
 from torch import Tensor, nn
 
+from iasvit.benchmark.estimate import estimate, format_estimates
+from iasvit.benchmark.harness import exit_status, run_cells
+from iasvit.benchmark.results import ResultStore, Row
 from iasvit.cli import main, make_app
 from iasvit.errors import IasvitError
-from iasvit.harness import estimate, exit_status, format_estimates, run_cells
-from iasvit.measured import table
+from iasvit.leaderboard.aggregate import table
 from iasvit.methods import list_methods
 from iasvit.progress import Progress
-from iasvit.results import ResultStore, Row
 from iasvit.spec import QuantSpec
-from tasks.coco_checkpoints import PUBLISHED
-from tasks.coco_data import CocoImages, MiniCocoImages
-from tasks.coco_mmdet import prepare
-from tasks.coco_models import (
+from tasks.command import at_least, check_models, make_cells, make_device, parse_options, unique
+from tasks.detection.checkpoints import PUBLISHED
+from tasks.detection.data import CocoImages, MiniCocoImages
+from tasks.detection.mmdet_setup import prepare
+from tasks.detection.models import (
     DETECTORS,
     ConfigDetector,
     Detectors,
@@ -37,7 +39,6 @@ from tasks.coco_models import (
     coco_classes,
 )
 from tasks.mini.scenes import CLASSES
-from tasks.options import at_least, check_models, make_cells, make_device, parse_options, unique
 
 DATA_ROOT = "IASVIT_COCO"
 HEADS = ("neck", "rpn_head", "roi_head")
@@ -106,7 +107,7 @@ MINI = Profile(calib_size=64, init_size=8, batch_size=4, iterations=100, iterati
 
 
 class CocoTask:
-    """Detection and instance segmentation for the harness (see `iasvit.harness.Task`).
+    """Detection and instance segmentation for the harness (see `iasvit.benchmark.harness.Task`).
 
     Args:
         dataset: its name in result rows.
@@ -131,7 +132,7 @@ class CocoTask:
         return len(self.images)
 
     def load_model(self, model: str) -> nn.Module:
-        """See `iasvit.harness.Task`.
+        """See `iasvit.benchmark.harness.Task`.
 
         Raises:
             IasvitError: the detector cannot be had, or its classes are not the data's categories.
@@ -140,30 +141,30 @@ class CocoTask:
         return self.models.load(model).to(self.device)
 
     def weights(self, model: str) -> str:
-        """See `iasvit.harness.Task`."""
+        """See `iasvit.benchmark.harness.Task`."""
         return self.models.weights(model)
 
     def calibration(self, model: str, n: int, seed: int) -> Tensor | Sequence[Tensor]:
-        """See `iasvit.harness.Task`; images of different sizes come as a sequence of 1×3×H×W."""
+        """See `iasvit.benchmark.harness.Task`; images of different sizes come as a sequence of 1×3×H×W."""
         return self.images.calibration(self.models.config(model), n, seed)
 
     def forward(self, network: nn.Module, images: Tensor) -> Any:
-        """See `iasvit.harness.Task`; mmdet's detectors do not answer images alone."""
+        """See `iasvit.benchmark.harness.Task`; mmdet's detectors do not answer images alone."""
         return predict_images(network, images)
 
     def predict(self, model: str, network: nn.Module, progress: Progress) -> dict[str, float]:
-        """See `iasvit.harness.Task`; the metrics, which mmdet's metric gathers while the images pass."""
-        from tasks.coco_runner import evaluate
+        """See `iasvit.benchmark.harness.Task`; the metrics, which mmdet's metric gathers while the images pass."""
+        from tasks.detection.runner import evaluate
 
         dataset = self.images.dataset(self.models.config(model))
         return evaluate(network, dataset, self.images.metric(), progress, self.images.workers)
 
     def recall(self, row: Row) -> dict[str, float]:
-        """See `iasvit.harness.Task`."""
+        """See `iasvit.benchmark.harness.Task`."""
         return {name: row[name] for name in METRICS}
 
     def score(self, predictions: dict[str, float], reference: dict[str, float]) -> dict[str, float]:
-        """See `iasvit.harness.Task`."""
+        """See `iasvit.benchmark.harness.Task`."""
         return predictions
 
 

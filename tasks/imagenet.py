@@ -17,16 +17,16 @@ import torch
 import typer
 from torch import Tensor, nn
 
+from iasvit.benchmark.estimate import estimate, format_estimates
+from iasvit.benchmark.harness import exit_status, run_cells
+from iasvit.benchmark.results import ResultStore
 from iasvit.cli import main, make_app
 from iasvit.errors import IasvitError
-from iasvit.harness import estimate, exit_status, format_estimates, run_cells
-from iasvit.measured import table
+from iasvit.leaderboard.aggregate import table
 from iasvit.methods import list_methods
 from iasvit.progress import Progress
-from iasvit.results import ResultStore
 from iasvit.spec import QuantSpec
-from tasks.folder_data import AnyFolderImages, folder_dataset
-from tasks.imagenet_data import (
+from tasks.classification.data import (
     MINI_BATCH,
     MINI_BATCH_GPU,
     FolderImages,
@@ -34,9 +34,10 @@ from tasks.imagenet_data import (
     Images,
     MiniImages,
 )
-from tasks.imagenet_models import MiniModels, Models, TimmModels
-from tasks.metrics import CLASSIFICATION_METRICS, UNLABELLED_METRICS, Predictions, classification_scores
-from tasks.options import at_least, check_models, make_cells, make_device, parse_options, unique
+from tasks.classification.folders import AnyFolderImages, folder_dataset
+from tasks.classification.metrics import CLASSIFICATION_METRICS, UNLABELLED_METRICS, Predictions, classification_scores
+from tasks.classification.models import MiniModels, Models, TimmModels
+from tasks.command import at_least, check_models, make_cells, make_device, parse_options, unique
 
 DATA_ROOT = "IASVIT_IMAGENET"
 T = TypeVar("T")
@@ -93,7 +94,7 @@ MINI = Profile(("deit_t", "swin_t"), calib_size=256, batch_size=16, iterations=2
 
 
 class ImageNetTask:
-    """Image classification for the harness (see `iasvit.harness.Task`).
+    """Image classification for the harness (see `iasvit.benchmark.harness.Task`).
 
     Args:
         dataset: its name in result rows.
@@ -117,7 +118,7 @@ class ImageNetTask:
         return len(self.images)
 
     def load_model(self, model: str) -> nn.Module:
-        """See `iasvit.harness.Task`.
+        """See `iasvit.benchmark.harness.Task`.
 
         Raises:
             IasvitError: the model cannot be had, or its classes are not the data's.
@@ -141,15 +142,15 @@ class ImageNetTask:
             )
 
     def weights(self, model: str) -> str:
-        """See `iasvit.harness.Task`."""
+        """See `iasvit.benchmark.harness.Task`."""
         return self.models.weights(model)
 
     def calibration(self, model: str, n: int, seed: int) -> Tensor:
-        """See `iasvit.harness.Task`."""
+        """See `iasvit.benchmark.harness.Task`."""
         return self.images.calibration(self.models.config(model), n, seed)
 
     def predict(self, model: str, network: nn.Module, progress: Progress) -> Predictions:
-        """See `iasvit.harness.Task`."""
+        """See `iasvit.benchmark.harness.Task`."""
 
         def answers() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
             with progress.phase("evaluation", len(self.images)) as bar:
@@ -163,7 +164,7 @@ class ImageNetTask:
             return Predictions.collect(answers(), len(self.images))
 
     def score(self, predictions: Predictions, reference: Predictions) -> dict[str, float]:
-        """See `iasvit.harness.Task`."""
+        """See `iasvit.benchmark.harness.Task`."""
         scores = classification_scores(predictions, reference)
         return {name: scores[name] for name in self.metrics}
 

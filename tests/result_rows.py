@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from iasvit.results import ResultStore, Row
+from iasvit.benchmark.results import ResultStore, Row
 
 PUBLISHED_HEADER = "task,model,method,w_bits,a_bits,metric,value,source\n"
 

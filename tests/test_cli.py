@@ -16,10 +16,10 @@ from harness_fakes import FakeTask
 from result_rows import make_row
 
 from iasvit import cli
+from iasvit.benchmark.harness import Cell, exit_status, run_cells
+from iasvit.benchmark.results import ResultStore
 from iasvit.cli import main, make_app
 from iasvit.errors import IasvitError
-from iasvit.harness import Cell, exit_status, run_cells
-from iasvit.results import ResultStore
 
 app = make_app()
 

@@ -13,8 +13,8 @@ import tiny_models
 import torch
 from torch import Tensor, nn
 
-from iasvit import calibration, sos
-from iasvit.calibration import ActivationStore, calibration_store, enabled
+from iasvit import sos
+from iasvit.calibration import ActivationStore, calibration_store, enabled, store
 from iasvit.errors import IasvitError
 from iasvit.methods import get_method
 from iasvit.models import find_pairs, segments
@@ -389,7 +389,7 @@ def test_segments_and_stages_draw_different_batches(vit: nn.Module, images: Tens
 
 def test_memory_decides_nothing(swin: nn.Module, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = quantize(swin, images)
-    monkeypatch.setattr(calibration, "default_memory_budget", lambda device=None: 0)
+    monkeypatch.setattr(store, "default_memory_budget", lambda device=None: 0)
     spilled: list[int] = []
     plain = ActivationStore._spilled
     monkeypatch.setattr(ActivationStore, "_spilled", lambda *args: (spilled.append(1), plain(*args))[1])

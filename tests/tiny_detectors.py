@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 pytest.importorskip("mmdet", reason="the coco extra is not installed")
 
-from tasks.coco_ops import install
+from tasks.detection.ops import install
 
 install()
 

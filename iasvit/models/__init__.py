@@ -3,8 +3,8 @@
 A method sees what an adapter returns (`Segment`, `NormLinearPair`, `Site`), never a class of timm or mmdet.
 """
 
-from iasvit.models.base import Activation, NormLinearPair, Segment, Site, find_pairs, insert_quantizers
-from iasvit.models.registry import adapter_for, build, describe, segments
+from iasvit.models.base import Activation, NormLinearPair, Segment, Site
+from iasvit.models.registry import adapter_for, build, describe, find_pairs, insert_quantizers, segments
 
 __all__ = [
     "Activation",

@@ -22,7 +22,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from iasvit.errors import IasvitError
 from iasvit.models.attention import explicit_attention
 from iasvit.models.base import Inserter, NormLinearPair, Segment
-from iasvit.models.mmdet_heads import check_heads, flat, label_scores, require, run_heads
+from iasvit.models.blocks import require
+from iasvit.models.mmdet_heads import check_heads, flat, label_scores, run_heads
 from iasvit.nn import QuantMatMul
 
 HEADS = ("neck", "rpn_head", "roi_head")
@@ -37,8 +38,8 @@ class DetectorAdapter:
     not reconstructed. Activations between segments are maps (B, H, W, C), and behind the current one the outputs of
     the stages so far, which the neck reads.
 
-    What the last segment puts out is not what the detector answers, but a table of scores whose rows `iasvit.fisher`
-    takes for logits; see `mmdet_heads.label_scores`.
+    What the last segment puts out is not what the detector answers, but a table of scores whose rows
+    `iasvit.calibration.fisher` takes for logits; see `mmdet_heads.label_scores`.
     """
 
     model_class = TwoStageDetector

@@ -14,7 +14,7 @@ from mmdet.models.roi_heads.mask_heads import FCNMaskHead
 from mmdet.structures.bbox import bbox2roi, get_box_tensor
 from torch import Tensor, nn
 
-from iasvit.errors import IasvitError
+from iasvit.models.blocks import require
 
 LABEL_SETS = 4  # columns of `label_scores`
 
@@ -48,12 +48,6 @@ class Component:
             p = values.sigmoid()
             return self.weight * ((uniform < p).to(values.dtype) - p)
         return self.weight * ((uniform < 0.5).to(values.dtype) * 2 - 1)
-
-
-def require(condition: bool, name: str, module: object, expected: str) -> None:
-    """Raise IasvitError, naming a module that is not supported, unless the condition holds."""
-    if not condition:
-        raise IasvitError(f"module {name!r} is a {type(module).__name__}, which is not supported; expected {expected}")
 
 
 def check_heads(detector: TwoStageDetector) -> None:
@@ -144,7 +138,7 @@ def label_scores(components: Sequence[Component], count: int) -> Tensor:
     """A table, images×LABEL_SETS, of zeros whose gradients are scores: ∂ log p(labels) of labels drawn.
 
     Each column belongs to labels of its own, drawn from what the heads predict: objectness of every anchor, a class
-    for every region, a bit for every mask pixel, an offset of every box. `iasvit.fisher.label_gradient` takes the table
+    for every region, a bit for every mask pixel, an offset of every box. `fisher.label_gradient` takes the table
     for logits; its columns being equal, it draws one, and the squared gradients are then an estimate of the Fisher,
     up to a factor. Each kind of output counts as in a detector's loss, which is a mean over anchors, regions or pixels.
     """

@@ -1,4 +1,4 @@
-"""Which adapter knows which model."""
+"""Which adapter knows which model, and what is asked of any model through its adapter."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from typing import Any, Protocol
 from torch import nn
 
 from iasvit.errors import IasvitError
-from iasvit.models.base import Inserter, NormLinearPair, Segment
+from iasvit.models.base import Inserter, NormLinearPair, QuantizerFactory, Segment
 from iasvit.models.swin import SwinAdapter
 from iasvit.models.vit import ViTAdapter
+from iasvit.nn import QuantConv2d, QuantLinear
+from iasvit.spec import QuantSpec
 
 
 class Adapter(Protocol):
@@ -62,6 +64,56 @@ def _optional(package: str) -> Adapter:
         return getattr(import_module(module), name)()
     except ImportError as error:
         raise IasvitError(f"{package} cannot be imported: {error}") from error
+
+
+def insert_quantizers(
+    model: nn.Module, spec: QuantSpec, weight: QuantizerFactory, activation: QuantizerFactory
+) -> nn.Module:
+    """Make a model quantizable, in place: all Linear and Conv2d layers and all products of activations.
+
+    Args:
+        model: a model that an adapter knows, in full precision; changed in place.
+        spec: bits of each layer.
+        weight: Site → quantizer of a weight.
+        activation: Site → quantizer of a layer's or a product's input.
+
+    Returns:
+        The model, every quantizer enabled and none calibrated yet.
+
+    Raises:
+        IasvitError: no adapter knows the model, a module in it is not supported, or an override matches no layer.
+    """
+    inserter = Inserter(spec, weight, activation)
+    device = next(model.parameters()).device
+    adapter_for(model).insert(model, inserter)
+    model.to(device)  # quantizers too, although empty: a state that a journal restores goes where they are
+    spec.check_overrides(inserter.names)
+    for name, module in model.named_modules():
+        if name in inserter.left:
+            continue
+        if isinstance(module, (nn.Linear, nn.Conv2d)) and not isinstance(module, (QuantLinear, QuantConv2d)):
+            raise IasvitError(f"module {name!r} ({type(module).__name__}) is in no place that the adapter quantizes")
+    return model
+
+
+def find_pairs(model: nn.Module, under: str = "") -> list[NormLinearPair]:
+    """The LayerNorm→Linear pairs of a quantizable model, of those the ones whose name starts with `under`.
+
+    A LayerNorm whose Linears the spec leaves in full precision makes no pair.
+
+    Raises:
+        IasvitError: the spec leaves some of a LayerNorm's Linears in full precision, and not all.
+    """
+    result = []
+    for pair in adapter_for(model).pairs(model):
+        quantized = [isinstance(linear, QuantLinear) for linear in pair.linears]
+        if any(quantized) != all(quantized):
+            raise IasvitError(
+                f"of the layers that read {pair.name!r} some are quantized and some not; treat them alike"
+            )
+        if all(quantized) and f"{pair.name}.".startswith(under):
+            result.append(pair)
+    return result
 
 
 def segments(model: nn.Module) -> list[Segment]:

@@ -10,7 +10,7 @@ from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, 
 from torch import Tensor, nn
 
 from iasvit.models.base import Inserter, NormLinearPair, Segment
-from iasvit.models.vit import block_pairs, check_block, insert_block, mlp_ratio, set_eps
+from iasvit.models.blocks import block_pairs, check_block, insert_block, mlp_ratio, set_eps
 
 
 class SwinAdapter:

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import timm.layers
-from timm.layers import Attention, Mlp
+from timm.layers import Attention
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
-from iasvit.errors import IasvitError
-from iasvit.models.attention import explicit_attention
 from iasvit.models.base import Inserter, NormLinearPair, Segment
-from iasvit.nn import QuantMatMul
+from iasvit.models.blocks import activation_class, block_pairs, check_block, insert_block, mlp_ratio, require, set_eps
 
 
 class ViTAdapter:
@@ -23,7 +20,7 @@ class ViTAdapter:
 
     def insert(self, model: VisionTransformer, inserter: Inserter) -> None:
         """See `insert_quantizers`."""
-        _require(model.attn_pool is None, "attn_pool", model.attn_pool, "pooling by token or average")
+        require(model.attn_pool is None, "attn_pool", model.attn_pool, "pooling by token or average")
         inserter.layer(model, "patch_embed.proj", None)
         for index, block in enumerate(model.blocks):
             prefix = f"blocks.{index}"
@@ -94,83 +91,10 @@ class ViTAdapter:
             arguments[name] = tuple(arguments[name])
         if model_class is VisionTransformerDistilled:
             arguments["reg_tokens"] = 0
-        model = model_class(**arguments, act_layer=_activation(act), weight_init="skip")
+        model = model_class(**arguments, act_layer=activation_class(act), weight_init="skip")
         set_eps(model, eps)
         return model
 
 
-def insert_block(
-    model: nn.Module,
-    block: nn.Module,
-    prefix: str,
-    inserter: Inserter,
-    block_class: type[nn.Module],
-    attention_class: type[nn.Module],
-    absent: tuple[str, ...] = (),
-) -> None:
-    """Quantize one pre-norm transformer block (ViT's or Swin's): attention and two-layer MLP, both after a LayerNorm.
-
-    Raises:
-        IasvitError: the block, its attention or its MLP is of another class; the message names the module.
-    """
-    check_block(block, prefix, block_class, attention_class)
-    product_qk = inserter.product(f"{prefix}.attn.matmul_qk", "query", "key")
-    product_av = inserter.product(f"{prefix}.attn.matmul_av", "softmax", "value")
-    block.attn = explicit_attention(
-        block.attn, f"{prefix}.attn", QuantMatMul(*product_qk), QuantMatMul(*product_av), absent
-    )
-    inserter.layer(model, f"{prefix}.attn.qkv", "norm", groups=3)
-    if getattr(block.attn, "gate", None) is not None:
-        inserter.layer(model, f"{prefix}.attn.gate", "norm")
-    inserter.layer(model, f"{prefix}.attn.proj", "input")
-    inserter.layer(model, f"{prefix}.mlp.fc1", "norm")
-    inserter.layer(model, f"{prefix}.mlp.fc2", "gelu" if isinstance(block.mlp.act, nn.GELU) else "input")
-
-
-def check_block(block: nn.Module, prefix: str, block_class: type[nn.Module], attention_class: type[nn.Module]) -> None:
-    """Raise IasvitError where a float block, its attention, MLP or a LayerNorm is of a class that is not supported."""
-    _require(type(block) is block_class, prefix, block, block_class.__name__)
-    _require(type(block.attn) is attention_class, f"{prefix}.attn", block.attn, attention_class.__name__)
-    _require(type(block.mlp) is Mlp, f"{prefix}.mlp", block.mlp, Mlp.__name__)
-    for name in ("norm1", "norm2"):
-        norm = getattr(block, name)
-        is_layer_norm = isinstance(norm, nn.LayerNorm) and norm.elementwise_affine and norm.bias is not None
-        _require(is_layer_norm, f"{prefix}.{name}", norm, "LayerNorm with weight and bias")
-
-
-def mlp_ratio(mlp: Mlp, dim: int) -> float:
-    """A ratio from which timm's int(dim * ratio) makes the hidden width again, whatever the rounding."""
-    return (mlp.fc1.out_features + 0.5) / dim
-
-
-def block_pairs(block: nn.Module, prefix: str) -> list[NormLinearPair]:
-    """norm1→qkv (and gate) and norm2→fc1 of a block that `insert_block` has quantized."""
-    gate = getattr(block.attn, "gate", None)
-    readers = (block.attn.qkv,) if gate is None else (block.attn.qkv, gate)
-    return [
-        NormLinearPair(f"{prefix}.norm1", block.norm1, readers),
-        NormLinearPair(f"{prefix}.norm2", block.norm2, (block.mlp.fc1,)),
-    ]
-
-
-def set_eps(model: nn.Module, eps: float) -> None:
-    """Give every LayerNorm of a model this eps."""
-    for module in model.modules():
-        if isinstance(module, nn.LayerNorm):
-            module.eps = eps
-
-
-def _activation(name: str) -> type[nn.Module]:
-    for module in (nn, timm.layers):
-        if hasattr(module, name):
-            return getattr(module, name)
-    raise IasvitError(f"activation {name!r} is found neither in torch.nn nor in timm.layers")
-
-
 def _heads(model: VisionTransformer) -> list[str]:
     return [name for name in ("head", "head_dist") if isinstance(getattr(model, name, None), nn.Linear)]
-
-
-def _require(condition: bool, name: str, module: nn.Module, expected: str) -> None:
-    if not condition:
-        raise IasvitError(f"module {name!r} is a {type(module).__name__}, which is not supported; expected {expected}")

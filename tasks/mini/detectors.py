@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from iasvit.errors import IasvitError
-from tasks.coco_mmdet import build_detector
+from tasks.detection.mmdet_setup import build_detector
 from tasks.mini import zoo
 from tasks.mini.detection import IMAGE_SIZE
 from tasks.mini.scenes import CLASSES
 
 if TYPE_CHECKING:
-    from tasks.coco_data import DetectorConfig
+    from tasks.detection.data import DetectorConfig
 
 DETECTORS = ("mask_rcnn", "cascade_mask_rcnn")
 BACKBONES = ("swin_t", "swin_s")
@@ -214,7 +214,7 @@ _PROPOSALS: dict[str, Any] = {"nms": {"type": "nms", "iou_threshold": 0.7}, "min
 
 def detector_config(name: str) -> DetectorConfig:
     """A mini detector's configuration with its test transforms and classes, as the COCO task takes them."""
-    from tasks.coco_data import DetectorConfig, test_pipeline
+    from tasks.detection.data import DetectorConfig, test_pipeline
 
     return DetectorConfig(config(name), test_pipeline(IMAGE_SIZE, IMAGE_SIZE), CLASSES)
 
@@ -312,7 +312,7 @@ def trained_path(name: str, folder: Path | None = None) -> Path:
     path = checkpoint_path(name, folder)
     if not path.is_file():
         raise IasvitError(
-            f"mini detector {name!r} has no checkpoint {path}; `python -m tasks.mini.train_detectors --detector "
+            f"mini detector {name!r} has no checkpoint {path}; `python -m tasks.studies.train_detectors --detector "
             f"{name}` makes it"
         )
     return path

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tasks.mini.activations import SCENES, blocks_of, norm_linear_sites, observe, scene_images
+from tasks.mini.observation import SCENES, blocks_of, norm_linear_sites, observe, scene_images
 
 SPREAD = Path(__file__).parent / "real_vit_channel_spread.csv"
 REAL_CHANNELS = 384

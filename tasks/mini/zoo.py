@@ -153,7 +153,7 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         there = ", ".join(sorted(file.stem for file in path.parent.glob("*.safetensors"))) or "none"
         raise IasvitError(
             f"checkpoint {path} does not exist; checkpoints there: {there}; "
-            f"`python -m tasks.mini.train --backbone {path.stem}` makes it"
+            f"`python -m tasks.studies.train --backbone {path.stem}` makes it"
         )
     try:
         with safe_open(path, framework="pt") as file:

@@ -1,1 +1,1 @@
-"""Studies of real models: what they are, and where their weights and images come from."""
+"""Studies: what looks at a model, times it or trains one; each is a command of its own."""

@@ -34,8 +34,8 @@ from tqdm import tqdm
 
 from iasvit.cli import main, make_app
 from iasvit.errors import IasvitError
-from tasks.imagenet_models import describe_file, fill, read_checkpoint
-from tasks.options import at_least, make_device
+from tasks.checkpoints import describe_file, fill, read_checkpoint
+from tasks.command import at_least, make_device
 
 BACKBONE = "vit_small_patch14_dinov2"
 SIZE = 224

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from iasvit.errors import IasvitError
-from tasks.imagenet_data import normalise
-from tasks.imagenet_models import TimmModels, fill
+from tasks.checkpoints import fill
+from tasks.classification.data import normalise
+from tasks.classification.models import TimmModels
 from tasks.studies import real_vit
 from tasks.studies.real_vit import BACKBONE, BATCH, CALIBRATION, CLASSES, TEST, Study, enlarge
 

@@ -27,8 +27,8 @@ from iasvit.nn import quantizers_of
 from iasvit.progress import Progress
 from iasvit.quantizers import SOFTMAX_QUANTIZERS, Quantizer, UniformQuantizer
 from iasvit.spec import QuantSpec
+from tasks.command import at_least, check_models, make_device, unique
 from tasks.imagenet import MINI, PAPER, Data, make_task
-from tasks.options import at_least, check_models, make_device, unique
 
 METRICS = ("top1", "agreement", "cosine")
 NOISE = "noise"

@@ -181,7 +181,7 @@ class _StopAfter(Progress):
 def test_a_stopped_search_goes_on_after_the_last_segment(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from iasvit import search
+    from iasvit.calibration import scale_search
 
     model = tiny_model("vit")
     images = tiny_images(model, 4)
@@ -189,8 +189,8 @@ def test_a_stopped_search_goes_on_after_the_last_segment(
     with pytest.raises(_Stopped):
         quantize(model, images, name, progress=_StopAfter(tmp_path, 2))
     searched: list[str] = []
-    original = search.search_layer
-    monkeypatch.setattr(search, "search_layer", lambda c, *args: (searched.append(c.name), original(c, *args)))
+    original = scale_search.search_layer
+    monkeypatch.setattr(scale_search, "search_layer", lambda c, *args: (searched.append(c.name), original(c, *args)))
     resumed = quantize(model, images, name, progress=Progress(journal=tmp_path))
     assert equal(resumed, expected)
     assert all(

@@ -13,8 +13,7 @@ from baselines_tiny import FAMILIES, tiny_images, tiny_model
 from torch import Tensor, nn
 
 from baselines.repq_vit import RepQViT
-from iasvit import calibration
-from iasvit.calibration import calibrate_in_sequence
+from iasvit.calibration import calibrate_in_sequence, observe
 from iasvit.errors import IasvitError
 from iasvit.models import find_pairs, insert_quantizers
 from iasvit.nn import QuantLinear, quant_layers, quantizers_of
@@ -183,14 +182,14 @@ def test_post_layernorm_codes_survive_the_folding(monkeypatch: pytest.MonkeyPatc
     """The per-tensor code of γ'… equals the per-channel code of what the LayerNorm put out before."""
     model = tiny_model("vit")
     before: list[UniformQuantizer] = []
-    original = calibration.calibrate_in_sequence
+    original = observe.calibrate_in_sequence
 
     def calibrate(quantizers: list[tuple[str, Quantizer]], run: Callable[[], object]) -> object:
         outputs = original(quantizers, run)
         before.extend(copy.deepcopy(q) for name, q in quantizers if name.endswith("qkv.input_quantizer"))
         return outputs
 
-    monkeypatch.setattr(calibration, "calibrate_in_sequence", calibrate)
+    monkeypatch.setattr(observe, "calibrate_in_sequence", calibrate)
     quantized = RepQViT().quantize(model, tiny_images(model, 4), QuantSpec.parse("W4A4"), Progress())
     x = torch.randn(2, 17, 24, generator=torch.Generator().manual_seed(5))
     for block, reference, quantizer in zip(quantized.blocks, model.blocks, before, strict=True):

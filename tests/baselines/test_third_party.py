@@ -22,8 +22,8 @@ from pathlib import Path
 import torch
 from baselines_tiny import tiny_images, tiny_model
 import iasvit
-from iasvit.harness import Cell, exit_status, run_cells
-from iasvit.results import ResultStore
+from iasvit.benchmark.harness import Cell, exit_status, run_cells
+from iasvit.benchmark.results import ResultStore
 
 class Task:
     name, dataset, split_size, metrics = "tiny", "noise", 64, ("agreement",)

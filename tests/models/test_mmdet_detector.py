@@ -16,7 +16,8 @@ from mmdet.models.roi_heads import StandardRoIHead
 from torch import Tensor, nn
 
 import iasvit
-from iasvit import calibration
+from iasvit.calibration import ActivationStore, calibrate_inputs
+from iasvit.calibration import store as store_module
 from iasvit.errors import IasvitError
 from iasvit.models import Site, build, describe, find_pairs, insert_quantizers, segments
 from iasvit.nn import quant_layers, quantizers_of
@@ -168,7 +169,7 @@ def test_reparameterization_is_exact(size: tuple[int, int]) -> None:
     quantized = off(model)
     pairs = find_pairs(quantized)
     quantizers = {f"{pair.name}": pair.linears[0].input_quantizer for pair in pairs}
-    calibration.calibrate_inputs(list(quantizers.items()), lambda: quantized.backbone(image))
+    calibrate_inputs(list(quantizers.items()), lambda: quantized.backbone(image))
     for quantizer in quantizers.values():
         quantizer.enabled = False
     before = {pair.name: _codes(quantized, pair.linears[0], image) for pair in pairs}
@@ -308,17 +309,17 @@ def test_neck_and_heads_are_calibrated_and_not_learnt() -> None:
 def test_spilled_activations_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     ragged = tiny_detectors.images((64, 64), (64, 96), (64, 64))
     spills: list[int] = []
-    spilled = calibration.ActivationStore._spilled
+    spilled = ActivationStore._spilled
     results = []
     for budget in (2**40, 20_000, 0):
-        monkeypatch.setattr(calibration, "default_memory_budget", lambda device=None, budget=budget: budget)
+        monkeypatch.setattr(store_module, "default_memory_budget", lambda device=None, budget=budget: budget)
         spills.append(0)
 
-        def count(store: calibration.ActivationStore, batch: Tensor) -> Tensor:
+        def count(store: ActivationStore, batch: Tensor) -> Tensor:
             spills[-1] += 1
             return spilled(store, batch)
 
-        monkeypatch.setattr(calibration.ActivationStore, "_spilled", count)
+        monkeypatch.setattr(ActivationStore, "_spilled", count)
         model = tiny_detectors.detector()
         done = [
             iasvit.quantize(model, ragged, "W4A4", method, **options)

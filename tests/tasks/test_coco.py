@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 pytest.importorskip("mmdet", reason="the coco extra is not installed")
 
+from iasvit.benchmark.results import ResultStore
 from iasvit.cli import main
 from iasvit.errors import IasvitError
 from iasvit.methods import list_methods
@@ -21,12 +22,11 @@ from iasvit.models import insert_quantizers
 from iasvit.nn import quant_layers
 from iasvit.progress import Progress
 from iasvit.quantizers import UniformQuantizer
-from iasvit.results import ResultStore
-from tasks import coco_checkpoints, coco_data, coco_models, coco_runner
 from tasks.coco import METRICS, PAPER, Backbone, Data, Scope, app, make_task, model_names, scoped
-from tasks.coco_models import ConfigDetector, MiniDetectors, PublishedDetectors, coco_classes
+from tasks.command import make_cells
+from tasks.detection import checkpoints, data, models, runner
+from tasks.detection.models import ConfigDetector, MiniDetectors, PublishedDetectors, coco_classes
 from tasks.mini import detection, detectors, zoo
-from tasks.options import make_cells
 
 ROOT = Path(__file__).parents[2]
 
@@ -162,10 +162,10 @@ def test_a_checkpoint_is_tried_before_anything_runs_and_once(tmp_path: Path, mon
         MiniDetectors(checkpoint=path).check("mask_rcnn_swin_t")
     assert "weights_only" not in str(error.value)  # torch's advice to unpickle code
     tried: list[Path] = []
-    monkeypatch.setattr(coco_models, "load_checkpoint", lambda model, path: tried.append(path))
-    models = MiniDetectors(checkpoint=path)
+    monkeypatch.setattr(models, "load_checkpoint", lambda model, path: tried.append(path))
+    mini = MiniDetectors(checkpoint=path)
     for _ in range(3):
-        models.check("mask_rcnn_swin_t")
+        mini.check("mask_rcnn_swin_t")
     assert tried == [path]
 
 
@@ -424,6 +424,6 @@ def test_help_names_the_options(command: list[str]) -> None:
 
 def test_modules_import_without_mmdet() -> None:
     """All but the one that is imported where it is needed."""
-    assert coco_runner.METRICS == METRICS
-    for module in (coco_data, coco_models, coco_checkpoints):
+    assert runner.METRICS == METRICS
+    for module in (data, models, checkpoints):
         assert not hasattr(module, "mmdet")

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from timm.utils.misc import natural_key
 
-from tasks.image_files import EXTENSIONS, UNREADABLE_ERRORS, list_images, read_rgb
+from tasks.classification.image_files import EXTENSIONS, UNREADABLE_ERRORS, list_images, read_rgb
 
 COLOURS = np.array([[250, 10, 10], [10, 240, 30], [20, 40, 230], [128, 128, 128]], dtype=np.uint8)
 PIXELS = np.repeat(np.repeat(COLOURS.reshape(2, 2, 3), 8, axis=0), 8, axis=1)  # four squares, 16×16×3

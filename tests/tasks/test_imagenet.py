@@ -19,16 +19,25 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from iasvit.benchmark.harness import Cell
+from iasvit.benchmark.results import ResultStore
 from iasvit.errors import IasvitError
-from iasvit.harness import Cell
 from iasvit.progress import Progress
-from iasvit.results import ResultStore
 from iasvit.spec import QuantSpec
-from tasks import folder_data, imagenet_data, metrics
+from tasks.classification import folders, metrics
+from tasks.classification.data import (
+    FolderImages,
+    ImagenetteImages,
+    Images,
+    MiniImages,
+    fetch_imagenette,
+    imagenet_classes,
+    normalise,
+    spread,
+)
+from tasks.classification.metrics import Predictions, classification_scores
+from tasks.classification.models import PAPER_BACKBONES, MiniModels, TimmModels
 from tasks.imagenet import MINI, PAPER, Data, ImageNetTask, app, make_cells, make_task
-from tasks.imagenet_data import FolderImages, ImagenetteImages, MiniImages, fetch_imagenette, imagenet_classes, spread
-from tasks.imagenet_models import PAPER_BACKBONES, MiniModels, TimmModels
-from tasks.metrics import Predictions, classification_scores
 from tasks.mini import scenes, zoo
 
 ROOT = Path(__file__).parents[2]
@@ -98,7 +107,7 @@ class StubModels:
         return ""
 
 
-def stub_task(images: imagenet_data.Images, network: nn.Module | None = None) -> ImageNetTask:
+def stub_task(images: Images, network: nn.Module | None = None) -> ImageNetTask:
     return ImageNetTask("imagenet", images, StubModels(network or ColourNetwork()), torch.device("cpu"))
 
 
@@ -208,7 +217,7 @@ def test_an_unreadable_image_is_named_counted_and_skipped(tree: Path, capsys: py
 
 
 def test_workers_and_a_split_of_nothing_but_damage(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(folder_data, "EVALUATION_BATCH", 2)  # 9 images are then enough for worker processes
+    monkeypatch.setattr(folders, "EVALUATION_BATCH", 2)  # 9 images are then enough for worker processes
     assert labels_of(FolderImages(tree)) == [0, 0, 0, 497, 497, 497, 999, 999, 999]
     for path in (tree / "val").rglob("*.JPEG"):
         damage(path)
@@ -457,7 +466,7 @@ def test_mini_calibration_depends_on_the_seed_alone() -> None:
     assert not torch.equal(a, b)
     start = MiniImages.STRIDE
     raw, _ = scenes.render_images("calibration", start, 8)
-    assert torch.equal(a, imagenet_data.normalise(torch.from_numpy(raw), config))
+    assert torch.equal(a, normalise(torch.from_numpy(raw), config))
 
 
 def test_mini_hard_answers_as_mini_does() -> None:
@@ -476,8 +485,8 @@ def test_cells_are_all_combinations_with_the_options_that_their_method_takes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     known = {"ias_vit": ["seed", "iterations", "batch_size", "lr"], "repq_vit": ["seed"]}
-    monkeypatch.setattr("tasks.options.method_options", lambda name: known[name])
-    monkeypatch.setattr("tasks.options.get_method", lambda name, **options: None)
+    monkeypatch.setattr("tasks.command.method_options", lambda name: known[name])
+    monkeypatch.setattr("tasks.command.get_method", lambda name, **options: None)
     specs = [QuantSpec.parse("W3A3"), QuantSpec.parse("W6A6")]
     cells = make_cells(["vit_s", "deit_s"], specs, list(known), [0, 1], 32, PAPER, {"lr": 1e-3})
     assert len(set(cells)) == len(cells) == 16

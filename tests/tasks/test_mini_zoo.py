@@ -17,7 +17,8 @@ from timm.data import create_transform, resolve_data_config
 from torch import nn
 
 from iasvit.errors import IasvitError
-from tasks.mini import activations, hard, scenes, train, zoo
+from tasks.mini import hard, observation, scenes, zoo
+from tasks.studies import activations, train
 
 REFERENCE = Path(__file__).parents[3] / "shared" / "reference" / "real_vit_activations.csv"
 NAMES = list(zoo.MINI_BACKBONES)
@@ -55,7 +56,7 @@ def layout(model: nn.Module) -> list[tuple[int, bool, float, bool]]:
             block.mlp.fc1.out_features / block.mlp.fc1.in_features,
             block.attn.qkv.bias is not None,
         )
-        for block in activations.blocks_of(model)
+        for block in observation.blocks_of(model)
     ]
 
 
@@ -123,7 +124,7 @@ def test_timm_transform_changes_nothing_but_scale() -> None:
     from PIL import Image
 
     transformed = create_transform(**resolve_data_config(model=model))(Image.fromarray(pixels[0]))
-    torch.testing.assert_close(transformed, activations.scene_images(model, "val", 1)[0], atol=1e-6, rtol=0)
+    torch.testing.assert_close(transformed, observation.scene_images(model, "val", 1)[0], atol=1e-6, rtol=0)
 
 
 # ---- checkpoints ---------------------------------------------------------------------------------------------------
@@ -337,7 +338,7 @@ def test_channel_statistics_of_a_worked_example() -> None:
 
 def test_observed_ranges_and_attention_are_those_of_a_plain_run() -> None:
     model, x = stirred("deit_t"), images(3)
-    attention, ranges = activations.observe(model, x)
+    attention, ranges = observation.observe(model, x)
     with torch.no_grad():
         tokens = model.norm_pre(model._pos_embed(model.patch_embed(x)))
         block = model.blocks[0]
@@ -381,9 +382,9 @@ def test_hardening_keeps_the_output_and_sets_the_spread(name: str) -> None:
     with torch.inference_mode():
         was, now = model(images(4, seed=9)), hardened(images(4, seed=9))
     assert float((was - now).abs().max()) <= 1e-5
-    _, ranges = activations.observe(hardened, x)
-    depth, spread, spread_out = len(activations.blocks_of(model)), hard.read_spread(), 0
-    for (block, site, _, _), values in zip(activations.norm_linear_sites(hardened), ranges, strict=True):
+    _, ranges = observation.observe(hardened, x)
+    depth, spread, spread_out = len(observation.blocks_of(model)), hard.read_spread(), 0
+    for (block, site, _, _), values in zip(observation.norm_linear_sites(hardened), ranges, strict=True):
         real = spread[site if site in spread else "norm2->fc1"][round(block * 11 / (depth - 1))]
         ratios = values / values.median()
         assert float(ratios.max()) == pytest.approx(real[-1], rel=1e-3)
@@ -397,7 +398,7 @@ def test_hardening_keeps_channels_in_order_and_follows_the_seed() -> None:
     first, again, other = (hard.harden(model, seed=seed, images=x) for seed in (0, 0, 1))
     assert torch.equal(first.blocks[5].norm1.weight, again.blocks[5].norm1.weight)
     assert not torch.equal(first.blocks[5].norm1.weight, other.blocks[5].norm1.weight)
-    for was, now in zip(activations.observe(model, x)[1], activations.observe(first, x)[1], strict=True):
+    for was, now in zip(observation.observe(model, x)[1], observation.observe(first, x)[1], strict=True):
         assert torch.equal(was.argsort(), now.argsort())
 
 
@@ -439,5 +440,5 @@ def test_committed_checkpoint_loads_and_classifies(path: Path) -> None:
     measured = train.accuracy(model, torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.from_numpy(labels))
     assert abs(measured - stated) < 12  # 150 images: three standard errors are under 9 points
     with torch.inference_mode():
-        x = activations.scene_images(model, "val", 4).double()  # what is compared are weights, not float32's rounding
+        x = observation.scene_images(model, "val", 4).double()  # what is compared are weights, not float32's rounding
         assert float((model.double()(x) - zoo.load(path.stem, hard=True).double()(x)).abs().max()) <= 1e-5

@@ -1,0 +1,116 @@
+"""What cells would cost, without measuring any: from stored rows, or from one timed forward."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from iasvit.benchmark.harness import FULL_PRECISION, Cell, Task, device_of, make_job, make_method
+from iasvit.benchmark.results import Key, ResultStore, Row
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a cell is expected to cost.
+
+    Attributes:
+        cell: the cell.
+        seconds: 0 for a stored cell, None where nothing is known.
+        basis: what the number rests on.
+    """
+
+    cell: Cell
+    seconds: float | None
+    basis: str
+
+
+def estimate(task: Task, cells: Sequence[Cell], store: ResultStore, *, force: bool = False) -> list[Estimate]:
+    """What each cell would cost, without measuring any (`--dry-run`).
+
+    From the stored row of the same model and method that is nearest in iterations, scaled; else, for methods that
+    reconstruct, from one measured forward of 8 calibration images.
+
+    Raises:
+        IasvitError: as `run_cells` does before anything runs.
+    """
+    jobs = [make_job(task, cell) for cell in cells]
+    rows = store.rows()
+    rows = rows[(rows["task"] == task.name) & (rows["dataset"] == task.dataset) & (rows["status"] == "ok")]
+    known: list[Row] = rows.astype(object).where(rows.notna(), None).to_dict("records")
+    image_seconds: dict[str, float] = {}
+    estimates = []
+    for job in jobs:
+        cell = job.cell
+        if not force and store.has(job.key):
+            estimates.append(Estimate(cell, 0.0, "stored already"))
+            continue
+        iterations, batch_size = _steps(cell)
+        same = [row for row in known if (row["model"], row["method"]) == (cell.model, cell.method)]
+        if same:
+            # The same bits first, then the nearest number of iterations.
+            nearest = min(
+                same, key=lambda r: (r["spec"] != job.key.spec, abs((r["iterations"] or 0) - (iterations or 0)))
+            )
+            seconds = _scaled(nearest, job.key, iterations, batch_size)
+            estimates.append(Estimate(cell, seconds, f"stored row of {nearest['time'][:10]}"))
+        elif iterations is not None:
+            if cell.model not in image_seconds:
+                image_seconds[cell.model] = _time_forward(task, cell.model)
+            # A step is a forward and a backward, three forwards' work; two stages; and quantizers double a forward.
+            forwards = 2 * (3 * 2 * iterations * batch_size + 2 * cell.calib_size + task.split_size)
+            estimates.append(Estimate(cell, image_seconds[cell.model] * forwards, "rough, from one timed forward"))
+        else:
+            estimates.append(Estimate(cell, None, "no measurement yet"))
+    return estimates
+
+
+def _steps(cell: Cell) -> tuple[int | None, int]:
+    """Iterations and batch size of a cell; (None, 1) if the method's options say nothing of them."""
+    if cell.method == FULL_PRECISION:
+        return None, 1
+    method = make_method(cell)
+    return getattr(method, "iterations", None), getattr(method, "batch_size", 1)
+
+
+def _scaled(row: Row, key: Key, iterations: int | None, batch_size: int) -> float:
+    """Seconds of a cell from the row of another, each part by what it grows with."""
+    evaluation = row["evaluation_seconds"] * key.split_size / row["split_size"]
+    if key.method == FULL_PRECISION:
+        return evaluation
+    reconstruction = row["reconstruction_seconds"]
+    rest = (row["quantization_seconds"] - reconstruction) * key.calib_size / row["calib_size"]
+    if iterations is not None and row["iterations"]:
+        options = dict(option.partition("=")[::2] for option in row["options"].split(";"))
+        reconstruction *= iterations / row["iterations"] * batch_size / int(options.get("batch_size", batch_size))
+    return evaluation + rest + reconstruction
+
+
+@torch.no_grad()
+def _time_forward(task: Task, model: str) -> float:
+    """Seconds that one image takes in full precision."""
+    network = task.load_model(model)
+    images = task.calibration(model, 8, 0)
+    batches = [images] if isinstance(images, Tensor) else list(images)  # images of different sizes come one by one
+    batches = [batch.to(device_of(network)) for batch in batches]
+    forward = getattr(task, "forward", lambda network, images: network(images))
+    forward(network, batches[0][:1])
+    start = time.perf_counter()
+    for batch in batches:
+        forward(network, batch)
+    return (time.perf_counter() - start) / len(images)
+
+
+def format_estimates(estimates: Sequence[Estimate]) -> str:
+    """The estimates as a Markdown table with a line of their sum."""
+    lines = ["| model | method | bits | seed | seconds | basis |", "|---|---|---|--:|--:|---|"]
+    for item in estimates:
+        cell, seconds = item.cell, "?" if item.seconds is None else f"{item.seconds:.0f}"
+        lines.append(f"| {cell.model} | {cell.method} | {cell.spec} | {cell.seed} | {seconds} | {item.basis} |")
+    unknown = sum(item.seconds is None for item in estimates)
+    total = sum(item.seconds or 0.0 for item in estimates)
+    tail = f", and {unknown} of unknown cost" if unknown else ""
+    return "\n".join([*lines, "", f"{len(estimates)} cells, about {total:.0f} s{tail}"])

@@ -1,0 +1,159 @@
+"""Observation: quantizers set from what passes through the layers that hold them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from iasvit.errors import IasvitError
+from iasvit.models import Activation, segments
+from iasvit.nn import QuantLayer
+from iasvit.quantizers import Quantizer
+
+T = TypeVar("T")
+
+
+@contextmanager
+def enabled(quantizers: Iterable[tuple[str, Quantizer]], value: bool) -> Iterator[None]:
+    """Switch these quantizers on or off for a while."""
+    before = [(quantizer, quantizer.enabled) for _, quantizer in quantizers]
+    try:
+        for quantizer, _ in before:
+            quantizer.enabled = value
+        yield
+    finally:
+        for quantizer, state in before:
+            quantizer.enabled = state
+
+
+def calibrate_weights(layers: Iterable[tuple[str, QuantLayer]]) -> None:
+    """Calibrate and enable the weight quantizers of these (path in the model, layer).
+
+    Raises:
+        IasvitError: a weight holds NaN or Inf; the message names its layer.
+    """
+    for name, layer in layers:
+        try:
+            layer.calibrate_weight()
+        except IasvitError as error:
+            raise IasvitError(f"weight of layer {name!r}: {error}") from error
+
+
+@torch.no_grad()
+def calibrate_inputs(quantizers: Sequence[tuple[str, Quantizer]], run: Callable[[], object]) -> None:
+    """Calibrate activation quantizers on what reaches them while `run()` runs the model, or a part of it.
+
+    They are off meanwhile, so that each sees full-precision values; inputs of several batches are pooled. Afterwards
+    they are enabled.
+
+    Args:
+        quantizers: (path in the model, quantizer).
+        run: runs calibration batches through whatever holds the quantizers.
+
+    Raises:
+        IasvitError: a quantizer saw NaN, Inf or nothing; the message names its layer.
+    """
+    seen: dict[int, list[Tensor]] = {id(quantizer): [] for _, quantizer in quantizers}
+
+    def record(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        seen[id(module)].append(args[0])
+
+    with _watching([quantizer for _, quantizer in quantizers], record), enabled(quantizers, False):
+        run()
+    for name, quantizer in quantizers:
+        _calibrate_on(name, quantizer, seen.pop(id(quantizer)))
+
+
+def _calibrate_on(name: str, quantizer: Quantizer, inputs: Sequence[Tensor]) -> None:
+    """Calibrate a quantizer on what reached it, pooled, and enable it."""
+    if not inputs:
+        raise IasvitError(f"layer {name!r} was not reached by the calibration images; is it part of the forward?")
+    channel_dim = getattr(quantizer, "channel_dim", None)
+    if len(inputs) > 1:  # images may differ in size, so only channels, which are last, are kept apart
+        inputs = [torch.cat([x.reshape(-1) if channel_dim is None else x.flatten(0, -2) for x in inputs])]
+    try:
+        quantizer.calibrate(inputs[0])
+    except IasvitError as error:
+        raise IasvitError(f"layer {name!r}: {error}") from error
+    quantizer.enabled = True
+
+
+@torch.no_grad()
+def calibrate_in_sequence(quantizers: Sequence[tuple[str, Quantizer]], run: Callable[[], T]) -> T:
+    """Calibrate activation quantizers in the order in which `run()` reaches them, each on what those before it left.
+
+    One forward pass does it. Where a quantizer is reached several times, by batches of several sizes or by a head that
+    several feature maps share, all that reaches it counts, and that takes a pass for each quantizer.
+
+    Args:
+        quantizers: (path in the model, quantizer); enabled afterwards.
+        run: runs the calibration batches through whatever holds the quantizers.
+
+    Returns:
+        What `run()` returns with all quantizers calibrated and enabled.
+
+    Raises:
+        IasvitError: a quantizer saw NaN, Inf or nothing; the message names its layer.
+    """
+    names = {quantizer: name for name, quantizer in quantizers}
+    reached: Counter[Quantizer] = Counter()
+
+    def calibrate(quantizer: Quantizer, args: tuple[Tensor, ...]) -> None:
+        reached[quantizer] += 1
+        if reached[quantizer] == 1:
+            _calibrate_on(names[quantizer], quantizer, args[:1])
+
+    with _watching(names, calibrate):
+        outputs = run()
+    for quantizer in names:
+        quantizer.enabled = reached[quantizer] == 1
+    if reached.total() == len(names):
+        return outputs
+    for quantizer in names:
+        quantizer.enabled = False
+    for quantizer in [*reached, *(q for q in names if q not in reached)]:
+        inputs: list[Tensor] = []
+        with _watching([quantizer], lambda _, args, inputs=inputs: inputs.append(args[0])):
+            run()
+        _calibrate_on(names[quantizer], quantizer, inputs)
+    return run()
+
+
+@torch.no_grad()
+def calibrate_in_stream(model: nn.Module, batches: Sequence[Tensor]) -> None:
+    """Calibrate all activation quantizers of a model by one forward pass, each on what those before it left.
+
+    Weights are as they are: in full precision where their quantizers are off, else quantized.
+
+    Args:
+        model: quantizable; segment by segment it runs on the batches.
+        batches: images, B×3×H×W each; of batches of one size there should be one.
+
+    Raises:
+        IasvitError: as `calibrate_in_sequence`.
+    """
+    activations: Sequence[Activation] = batches
+    for segment in segments(model):
+        quantizers = segment.quantizers(weights=False)
+        activations = calibrate_in_sequence(quantizers, partial(_run_all, segment.run, activations))
+
+
+def _run_all(run: Callable[[Activation], Activation], batches: Sequence[Activation]) -> list[Activation]:
+    return [run(batch) for batch in batches]
+
+
+@contextmanager
+def _watching(modules: Iterable[nn.Module], hook: Callable[[Any, tuple[Tensor, ...]], None]) -> Iterator[None]:
+    """Call hook(module, args) before each forward of these modules for a while."""
+    handles = [module.register_forward_pre_hook(hook) for module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,68 @@
+"""Tables from published values: numbers from papers, each with its source."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+
+from iasvit.errors import IasvitError
+from iasvit.leaderboard.markdown import MARKS, Document, grid, slug
+
+PUBLISHED_COLUMNS = ("task", "model", "method", "w_bits", "a_bits", "metric", "value", "source")
+
+
+def read_published(path: Path) -> pd.DataFrame:
+    """Published values, columns PUBLISHED_COLUMNS; an empty table where there is no file.
+
+    Raises:
+        IasvitError: a column is missing, a value is no number from 0 to 100, a line names no source, or two lines give
+            the same number.
+    """
+    if not path.is_file():
+        return pd.DataFrame(columns=list(PUBLISHED_COLUMNS))
+    try:
+        frame = pd.read_csv(path, dtype=str, keep_default_na=False)
+    except (OSError, ValueError) as error:
+        raise IasvitError(f"{path} cannot be read as CSV: {error}") from error
+    if missing := [name for name in PUBLISHED_COLUMNS if name not in frame]:
+        raise IasvitError(f"{path} has no column {missing[0]!r}; columns are {', '.join(PUBLISHED_COLUMNS)}")
+    for name in ("w_bits", "a_bits", "value"):
+        numbers = pd.to_numeric(frame[name], errors="coerce")
+        for line in frame.index[~numbers.between(0, 100)]:
+            raise IasvitError(f"{path} line {line + 2}: {name} is {frame[name][line]!r}, but 0 to 100 is expected")
+        frame[name] = numbers if name == "value" else numbers.astype(int)
+    for line in frame.index[frame["source"].str.strip() == ""]:
+        raise IasvitError(f"{path} line {line + 2} names no source")
+    for line in frame.index[frame.duplicated(["task", "model", "method", "w_bits", "a_bits", "metric"])]:
+        raise IasvitError(f"{path} line {line + 2} repeats the cell of an earlier line; keep one")
+    return frame
+
+
+def published_documents(published: pd.DataFrame) -> list[Document]:
+    """A document for each task and bit-width that has published values."""
+    documents = []
+    full = published[published["method"] == "fp32"]
+    quantized = published[published["method"] != "fp32"]
+    for (task, w_bits, a_bits), group in quantized.groupby(["task", "w_bits", "a_bits"], sort=True):
+        title = f"{task}, W{w_bits}A{a_bits}: published values, from papers and not measured here"
+        group = group.merge(
+            full[["task", "model", "metric", "value"]].rename(columns={"value": "fp"}), how="left", validate="m:1"
+        )
+        sections = []
+        for metric, part in group.groupby("metric", sort=True):
+            cells = part.rename(columns={"value": metric, "fp": f"fp_{metric}"}).assign(
+                n=1, failed=0, stale=0, weights_only=False
+            )
+            cells = cells.assign(line=cells["method"], column=cells["model"])
+            sections += [f"**{title}.** {metric}", grid(cells, metric)]
+        sources = [
+            f"- {source}: {', '.join(sorted(set(part['method'])))}."
+            for source, part in group.groupby("source", sort=True)
+        ]
+        sections.append("\n".join([f"Value (difference to fp32); {MARKS}. Sources:", "", *sources]))
+        data = group.assign(gap=(group["value"] - group["fp"]).round(4))
+        data = data.sort_values(["metric", "method", "model"], kind="stable")
+        name = slug(f"{task}-published-w{w_bits}a{a_bits}")
+        documents.append(Document(name, title, "\n\n".join(sections), "", data))
+    return documents

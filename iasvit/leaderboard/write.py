@@ -1,0 +1,134 @@
+"""Writes the leaderboard's files; the same bytes from the same input."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from iasvit.benchmark.results import Row, read_rows, warn
+from iasvit.errors import IasvitError
+from iasvit.leaderboard.aggregate import measured_documents
+from iasvit.leaderboard.markdown import MADE, Document
+from iasvit.leaderboard.page import page
+from iasvit.leaderboard.published import published_documents, read_published
+from iasvit.leaderboard.views import drawn_files, page_values, plots
+
+# What a reader of the CSV files cannot guess.
+_COLUMNS = (
+    'In the CSV files `stale` is "no" for values of the present code, "same values" (‡) for those of earlier code that '
+    'gave the same to the last digit in all cells that both measured, of which there are `compared`, and "yes" (†) for '
+    "those of any other code. `gap_` columns are value - full precision, `gap_published_` columns value - published."
+)
+
+
+def write_leaderboard(
+    runs: Path, published: Path, out: Path, readme: Path | None = None, report: Callable[[str], None] = warn
+) -> list[Path]:
+    """Write <task>-<dataset>-<bits>.md and .csv for all that is measured or published, plots, and index.html.
+
+    Args:
+        runs: folder of result files, read with all folders in it; of rows with equal keys the latest counts.
+        published: CSV file of published values, columns PUBLISHED_COLUMNS.
+        out: folder for tables and plots; what tasks.studies measured into it is drawn too. Tables and plots of
+            earlier calls that have no rows any more are removed.
+        readme: file whose text between `<!-- table:NAME -->` and `<!-- /table -->` is replaced by that table; None for
+            no such file.
+        report: called with a sentence about each line or marker that cannot be used.
+
+    Returns:
+        The files written.
+
+    Raises:
+        IasvitError: a file cannot be read or written, or the published values have a wrong or repeated line.
+    """
+    rows: list[Row] = []
+    for path in sorted(runs.rglob("*.csv")):
+        found, problems = read_rows(path)
+        rows += found
+        for problem in problems:
+            report(problem)
+    values = read_published(published)
+    documents = [*measured_documents(rows, values), *published_documents(values)]
+    drawn = {f"plots/{name}": svg for name, svg in {**plots(documents), **drawn_files(out)}.items()}
+    texts = {"leaderboard.md": _index(documents, drawn), "index.html": page(page_values(documents), drawn), **drawn}
+    for document in documents:
+        texts[f"{document.name}.md"] = document.markdown()
+        texts[f"{document.name}.csv"] = document.frame.to_csv(index=False, lineterminator="\n")
+    replaced = None if readme is None else _fill(readme, documents, report)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for path in out.glob("*.md"):
+            if path.name not in texts and path.read_text(encoding="utf-8").startswith(MADE):
+                path.unlink()
+                path.with_suffix(".csv").unlink(missing_ok=True)
+        for path in (out / "plots").glob("*.svg"):
+            if f"plots/{path.name}" not in texts:
+                path.unlink()
+        for name, text in texts.items():
+            (out / name).parent.mkdir(exist_ok=True)
+            _replace(out / name, text)
+        if readme is not None and replaced is not None:
+            _replace(readme, replaced)
+    except OSError as error:
+        raise IasvitError(f"{error.filename or out} cannot be written: {error.strerror or error}") from error
+    return [out / name for name in texts] + ([readme] if readme is not None and replaced is not None else [])
+
+
+def _index(documents: Sequence[Document], drawn: Iterable[str]) -> str:
+    lines = [f"- [{document.title}]({document.name}.md) ([CSV]({document.name}.csv))" for document in documents]
+    images = [f"![{Path(name).stem}]({name})" for name in drawn]
+    return (
+        "\n".join(
+            [
+                MADE,
+                "",
+                "# Leaderboard",
+                "",
+                "[Sortable, on one page](index.html)",
+                "",
+                *lines,
+                "",
+                _COLUMNS,
+                *(f"\n{image}" for image in images),
+            ]
+        )
+        + "\n"
+    )
+
+
+def _fill(readme: Path, documents: Sequence[Document], report: Callable[[str], None]) -> str | None:
+    """README's text with its tables replaced; None if it has no marker or cannot change."""
+    try:
+        text = readme.read_text(encoding="utf-8")
+    except OSError as error:
+        raise IasvitError(f"{readme} cannot be read: {error.strerror or error}") from error
+    by_name = {document.name: document for document in documents}
+
+    def replace(match: re.Match[str]) -> str:
+        name = match["name"]
+        if name not in by_name:
+            report(f"{readme} has a marker for table {name!r}, of which there are no rows; left as it is")
+            return match[0]
+        return f"<!-- table:{name} -->\n{by_name[name].sections}\n<!-- /table -->"
+
+    starts, ends = text.count("<!-- table:"), text.count("<!-- /table -->")
+    if starts != ends:
+        raise IasvitError(f"{readme} has {starts} table markers, but {ends} <!-- /table --> markers; give each its end")
+    pattern = r"<!-- table:(?P<name>[\w-]+) -->(?:(?!<!-- table:).)*?<!-- /table -->"
+    new = re.sub(pattern, replace, text, flags=re.DOTALL)
+    return new if new != text else None
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file beside and rename it; one that holds this text already stays untouched."""
+    data = text.encode()
+    if path.is_file() and path.read_bytes() == data:
+        return
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        beside.write_bytes(data)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)

@@ -1,0 +1,1 @@
+"""Classification: data, models and metrics of the ImageNet task."""

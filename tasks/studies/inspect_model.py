@@ -1,0 +1,91 @@
+"""`iasvit inspect CHECKPOINT|BACKBONE`: what each layer's quantizers are given, and what they make of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import pandas as pd
+import torch
+import typer
+from torch import Tensor, nn
+
+import iasvit
+from iasvit.cli import main, make_app
+from iasvit.errors import IasvitError
+from iasvit.inspection import layer_errors, quantizer_table, with_same_names
+from iasvit.leaderboard.plots import inspection
+from iasvit.methods import method_options
+from tasks.imagenet import MINI, PAPER, Data, ImageNetTask, make_device, make_task
+
+app = make_app()
+
+
+@app.command()
+def inspect(
+    target: Annotated[str, typer.Argument(help="file of iasvit.save, or a backbone to quantize first")],
+    data: Annotated[Data, typer.Option(help="whose images")] = Data.mini,
+    data_root: Annotated[Path | None, typer.Option(help="folder of images, imagenet or imagenette")] = None,
+    pretrained: Annotated[bool, typer.Option(help="trained weights of a backbone, or random ones")] = True,
+    bits: Annotated[str, typer.Option(help="of a backbone")] = "W4A4",
+    method: Annotated[str, typer.Option(help="of a backbone")] = "minmax",
+    iterations: Annotated[int | None, typer.Option(help="of a method that reconstructs")] = None,
+    images: Annotated[int, typer.Option(help="images to look at; calibration images of a backbone")] = 32,
+    seed: int = 0,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …")] = None,
+    out: Annotated[Path | None, typer.Option(help="folder for the table as CSV and the plot as SVG")] = None,
+) -> None:
+    """Print ranges, channel spread, attention tail, quantizer, bits and error of every layer."""
+    if images < 1:
+        raise IasvitError(f"--images is {images}, but 1 or more is expected")
+    where = make_device(device)
+    task = make_task(data, data_root, pretrained=pretrained, device=where, labels=data is not Data.folder)
+    path = Path(target)
+    if path.suffix == ".safetensors" or path.is_file():
+        quantized = iasvit.load(path).to(where)
+        x = _images_for(task, quantized, images, seed).to(where)
+        table = quantizer_table(quantized, x)
+        made = quantized.quantization
+        title = f"{path.name}: {made.method} at {made.spec}"
+    else:
+        model = task.load_model(target)
+        x = task.calibration(target, images, seed).to(where)
+        profile = MINI if data.embedded else PAPER
+        options = {**profile.options(iasvit.QuantSpec.parse(bits)), "seed": seed}
+        if iterations is not None:
+            options["iterations"] = iterations
+        known = method_options(method)
+        quantized = iasvit.quantize(model, x, bits, method, **{k: v for k, v in options.items() if k in known})
+        errors = pd.DataFrame(layer_errors(with_same_names(model), quantized, x))
+        errors = errors[errors["kind"] != "block"].rename(columns={"own": "output_error", "streamed": "error_streamed"})
+        table = quantizer_table(quantized, x).merge(errors.drop(columns="kind"), how="left", on="layer")
+        title = f"{target}: {method} at {bits}"
+    print(f"{title}, {images} images of {data.value}\n")
+    print(table.to_string(index=False, float_format=lambda value: f"{value:.4g}", na_rep=""))
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        stem = f"inspect-{path.stem}"
+        table.to_csv(out / f"{stem}.csv", index=False, float_format="%.6g")
+        (out / f"{stem}.svg").write_text(inspection(table, title), encoding="utf-8")
+        print(f"\n{out / f'{stem}.csv'}\n{out / f'{stem}.svg'}")
+
+
+def _images_for(task: ImageNetTask, quantized: nn.Module, count: int, seed: int) -> Tensor:
+    """Calibration images as the quantized model takes them.
+
+    Raises:
+        IasvitError: they are of another size than the model's.
+    """
+    config = quantized.quantization.data
+    x = task.images.calibration(config, count, seed)
+    expected = torch.Size(config["input_size"])
+    if x.shape[1:] != expected:
+        raise IasvitError(
+            f"the checkpoint's model takes images {'×'.join(map(str, expected))}, but those of --data {task.dataset} "
+            f"are {'×'.join(map(str, x.shape[1:]))}; choose the data set that it was made for"
+        )
+    return x
+
+
+if __name__ == "__main__":
+    main(app)

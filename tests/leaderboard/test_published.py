@@ -1,0 +1,165 @@
+"""Published values: sound, whole, and shown with their source."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from result_rows import PUBLISHED_HEADER, line_of, make_row
+
+from iasvit.benchmark.results import ResultStore
+from iasvit.errors import IasvitError
+from iasvit.leaderboard import write_leaderboard
+from iasvit.leaderboard.aggregate import measured_documents
+from iasvit.leaderboard.published import published_documents, read_published
+from iasvit.leaderboard.views import page_values
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_published_values_are_sound() -> None:
+    published = read_published(ROOT / "results" / "published.csv")
+    assert len(published) > 250
+    assert set(published["task"]) == {"imagenet", "coco"}
+    assert published["value"].between(0.1, 100).all()
+    assert not published.duplicated(["task", "model", "method", "w_bits", "a_bits", "metric"]).any()
+    assert set(published.loc[published["method"] != "fp32", "w_bits"]) <= set(range(2, 9))
+    assert set(published.loc[published["method"] == "fp32", "a_bits"]) == {32}
+    ias_vit = published[
+        (published["method"] == "ias_vit") & (published["w_bits"] == 3) & (published["model"] == "deit_s")
+    ]
+    assert ias_vit["value"].tolist() == [55.78]
+    full = published[published["method"] == "fp32"].set_index(["model", "metric"])["value"]
+    quantized = published[published["method"] != "fp32"]
+    best = quantized.groupby(["model", "metric"])["value"].max()
+    assert (best <= full.reindex(best.index) + 0.5).all()  # every model has its full precision, and little exceeds it
+
+
+def test_the_published_values_hold_all_of_the_shared_reference() -> None:
+    reference = ROOT.parent / "shared" / "reference" / "published.csv"
+    if not reference.is_file():
+        pytest.skip("no shared reference beside the project")
+    lines = reference.read_text().splitlines()
+    assert len(lines) > 250
+    assert set(lines) - set((ROOT / "results" / "published.csv").read_text().splitlines()) == set()
+
+
+def test_published_tables_have_gap_best_and_source(tmp_path: Path) -> None:
+    path = tmp_path / "p.csv"
+    lines = ["imagenet,swin_b,a,4,4,top1,50,Paper A", "imagenet,vit_s,b,4,4,top1,60.5,Paper B"]
+    lines += ["imagenet,vit_s,a,4,4,top1,60,Paper A", "imagenet,vit_s,fp32,32,32,top1,81.39,Paper A"]
+    path.write_text(PUBLISHED_HEADER + "\n".join(lines) + "\n")
+    (document,) = published_documents(read_published(path))
+    assert line_of(document.sections, "fp32") == ["fp32", "81.39", "–"]
+    assert line_of(document.sections, "a") == ["a", "<u>60.00</u> (-21.39)", "**50.00**"]
+    assert line_of(document.sections, "b") == ["b", "**60.50** (-20.89)", "–"]
+    assert "- Paper A: a.\n- Paper B: b." in document.sections
+    assert isinstance(document.frame, pd.DataFrame)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("imagenet,vit_s,a,3,3,top1,101,x", "line 3: value is '101', but 0 to 100"),
+        ("imagenet,vit_s,a,3,3,top1,n/a,x", "line 3: value is 'n/a'"),
+        ("imagenet,vit_s,a,three,3,top1,1,x", "line 3: w_bits is 'three'"),
+        ("imagenet,vit_s,a,3,3,top1,1,", "line 3 names no source"),
+        ("imagenet,vit_s,b,3,3,top1,2,y", "line 3 repeats the cell"),
+        ("imagenet,vit_s,b,3,3,top1,2,y,z,1", "cannot be read as CSV"),
+    ],
+)
+def test_a_wrong_published_line_is_named(tmp_path: Path, line: str, message: str) -> None:
+    path = tmp_path / "p.csv"
+    path.write_text(PUBLISHED_HEADER + "imagenet,vit_s,b,3,3,top1,1,x\n" + line + "\n")
+    with pytest.raises(IasvitError, match=message):
+        read_published(path)
+
+
+# Beside what was measured
+
+
+@pytest.fixture
+def published(tmp_path: Path) -> Path:
+    path = tmp_path / "published.csv"
+    lines = ["imagenet,vit_s,fp32,32,32,top1,81.39,x", "imagenet,vit_s,noise,3,3,top1,68.25,x"]
+    lines += [
+        "imagenet,vit_s,noise,4,4,top1,75,x",
+        "imagenet,deit_t,noise,3,3,top1,9,x",
+        "coco,vit_s,noise,3,3,top1,8,x",
+    ]
+    path.write_text(PUBLISHED_HEADER + "\n".join(lines) + "\n")
+    return path
+
+
+def test_the_published_value_stands_beside_the_measured_real_one(published: Path) -> None:
+    rows = [make_row(task="imagenet", dataset="imagenet", method=m, seed=s) for m in ("noise", "new") for s in (0, 1)]
+    rows += [make_row(task="imagenet", dataset="imagenet", model="swin_t")]
+    (document,) = measured_documents(rows, read_published(published))
+    assert line_of(document.sections, "fp32") == ["fp32", "80.00 (published 81.39, -1.39)", "80.00"]
+    assert line_of(document.sections, "noise")[1:] == [
+        "**70.00 ± 0.00**† (-10.00, published 68.25, +1.75, n=2)",
+        "**70.00**† (-10.00, n=1)",
+    ]
+    assert "published" not in line_of(document.sections, "new")[1]
+    assert "- Published: the papers' value on the whole validation split, and ours less it." in document.sections
+    data = document.frame.set_index(["method", "model"])
+    columns = list(data.columns)
+    at = columns.index("fp_top1")
+    assert columns[at : at + 4] == ["fp_top1", "gap_top1", "published_top1", "gap_published_top1"]
+    assert data.loc[("noise", "vit_s"), columns[at : at + 4]].tolist() == [80.0, -10.0, 68.25, 1.75]
+    assert data.loc[("noise", "vit_s"), "published_fp_top1"] == 81.39
+    assert data.loc[("new", "vit_s"), ["published_top1", "gap_published_top1"]].isna().all()
+    (first, *_) = [value for value in page_values([document]) if (value.method, value.model) == ("noise", "vit_s")]
+    assert first.note == "† (published 68.25, +1.75)"
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"dataset": "mini"},
+        {"dataset": "mini-hard"},
+        {"dataset": "imagenette"},  # ten of the classes: real, but not what the papers measured on
+        {"spec": "W3A3,head=W8A8"},
+        {"spec": "W6A6", "w_bits": 6, "a_bits": 6},
+        {"method": "noise[-a]"},
+    ],
+)
+def test_nothing_else_is_compared_with_the_papers(published: Path, values: dict) -> None:
+    row = make_row(**{"task": "imagenet", "dataset": "imagenet", **values})
+    (document,) = measured_documents([row], read_published(published))
+    assert "published 68" not in document.sections
+    assert "68.25" not in document.frame.to_csv()
+    assert "published" not in page_values([document])[0].note
+
+
+def test_both_values_of_a_detector_have_theirs(published: Path) -> None:
+    lines = "coco,mask_rcnn_swin_t,noise,3,3,bbox_mAP,40,x\ncoco,mask_rcnn_swin_t,noise,3,3,segm_mAP,38.5,x\n"
+    published.write_text(PUBLISHED_HEADER + lines)
+    row = make_row(task="coco", dataset="coco", model="mask_rcnn_swin_t", bbox_mAP=41.0, segm_mAP=38.0)
+    row |= {"fp_bbox_mAP": 46.0, "fp_segm_mAP": 41.6}
+    for name in ("top1", "top1_se", "fp_top1", "agreement"):
+        del row[name]
+    (document,) = measured_documents([row], read_published(published))
+    assert "**41.00**† (-5.00, published 40.00, +1.00)" in document.sections
+    assert "**38.00**† (-3.60, published 38.50, -0.50)" in document.sections
+
+
+def test_the_three_kinds_stay_in_files_and_sections_of_their_own(tmp_path: Path, published: Path) -> None:
+    for dataset in ("mini", "mini-hard", "imagenet"):
+        ResultStore(tmp_path / "runs").append(make_row(task="imagenet", dataset=dataset))
+    write_leaderboard(tmp_path / "runs", published, tmp_path / "out")
+    kinds = {
+        "imagenet-mini-w3a3": "measured on the embedded mini benchmark",
+        "imagenet-mini-hard-w3a3": "measured on mini-hard",
+        "imagenet-imagenet-w3a3": "measured on real data",
+        "imagenet-published-w3a3": "published values, from papers and not measured here",
+    }
+    for name, kind in kinds.items():
+        text = (tmp_path / "out" / f"{name}.md").read_text()
+        assert text.splitlines()[2].startswith("# ")
+        assert [other for other in kinds.values() if other in text] == [kind]
+    html = (tmp_path / "out" / "index.html").read_text()
+    sections = [part.partition("</h2>") for part in html.split("<h2>")[1:]]
+    rows = {heading: body.count("<tr data-place") for heading, _, body in sections}
+    assert [count for heading, count in rows.items() if heading.startswith(("Measured", "Published"))] == [1, 1, 1, 4]
