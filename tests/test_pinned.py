@@ -12,7 +12,7 @@ from timm.data import resolve_data_config
 from torch import Tensor, nn
 
 import iasvit
-from tasks.imagenet_data import MiniImages
+from tasks.classification.data import MiniImages
 from tasks.mini import zoo
 
 

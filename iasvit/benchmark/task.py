@@ -1,0 +1,150 @@
+"""What a benchmark says of itself: its metrics, its data, its version, and how it loads, runs and scores a model."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from iasvit.errors import IasvitError
+from iasvit.progress import Progress
+
+GROUP = "iasvit.tasks"
+Row = dict[str, Any]
+Outputs = Any  # whatever a task's predict returns and its score takes
+REAL, EMBEDDED = "real", "embedded"  # kinds of data that are measured on; the third kind of number is published
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number that a task's `score` returns.
+
+    Attributes:
+        name: of the column that holds it, "top1".
+        digits: behind the point, in tables.
+        higher_is_better: else the least value is the best.
+        primary: whether it has tables and plots of its own, with the full-precision model's value beside it in the
+            column fp_<name>.
+        standard_error: name of the metric that is its standard error from the size of the split; "" for none.
+        counts: whether it counts what was left out (unreadable images), and is said in words where it is not 0.
+    """
+
+    name: str
+    digits: int = 2
+    higher_is_better: bool = True
+    primary: bool = False
+    standard_error: str = ""
+    counts: bool = False
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """What a task runs on.
+
+    Attributes:
+        name: "mini"; part of the result file's name.
+        kind: REAL or EMBEDDED. Tables never mix the two.
+        description: what headings say of numbers measured on it, behind "measured on": "real data".
+    """
+
+    name: str
+    kind: str = REAL
+    description: str = "real data"
+
+    def __post_init__(self) -> None:
+        if self.kind not in (REAL, EMBEDDED):
+            raise IasvitError(f"the kind of data set {self.name!r} is {self.kind!r}, but {REAL} or {EMBEDDED} is meant")
+
+
+class Task(ABC):
+    """A benchmark: models, calibration images, and an evaluation. Registered in a package's metadata:
+
+        [project.entry-points."iasvit.tasks"]
+        my_task = "my_package.my_module:MyTask"
+
+    Attributes:
+        name: of the entry point, "imagenet".
+        metrics: what `score` returns, the primary ones first. Of the class, so that tables know them without data.
+        version: raised, with a line in `changelog`, whenever the task's numbers change.
+        changelog: version → what changed the numbers; version 1 need not be in it.
+        data: what this instance runs on.
+        split_size: images evaluated.
+    """
+
+    name: ClassVar[str]
+    metrics: ClassVar[tuple[Metric, ...]]
+    version: ClassVar[int] = 1
+    changelog: ClassVar[dict[int, str]] = {}
+    data: DataSet
+    split_size: int
+
+    @property
+    def scored(self) -> tuple[Metric, ...]:
+        """Those of `metrics` that this instance scores: all, unless the data has no labels, say."""
+        return self.metrics
+
+    @abstractmethod
+    def load_model(self, model: str) -> nn.Module:
+        """The full-precision model of this name in eval mode, on the task's device."""
+
+    @abstractmethod
+    def calibration(self, model: str, n: int, seed: int) -> Tensor | Sequence[Tensor]:
+        """n calibration images, normalised as the model wants; the seed chooses them.
+
+        A tensor n×3×H×W, or where they differ in size, a sequence of n tensors 1×3×H×W.
+        """
+
+    @abstractmethod
+    def predict(self, model: str, network: nn.Module, progress: Progress) -> Outputs:
+        """The network's outputs on the whole split; `model` names the full-precision model that it comes from."""
+
+    @abstractmethod
+    def score(self, outputs: Outputs, reference: Outputs) -> dict[str, float]:
+        """Every metric of `scored`; `reference` are the full-precision model's outputs."""
+
+    @abstractmethod
+    def data_fingerprint(self) -> str:
+        """Hex digits that change when the evaluated split or the calibration images to draw from do."""
+
+    def config_fingerprint(self, model: str) -> str:
+        """Hex digits that change when the model's resolved configuration does; "" where its name says it all."""
+        return ""
+
+    def weights(self, model: str) -> str:
+        """Which weights the model has where its name does not tell (a file and its hash); "" where it does."""
+        return ""
+
+    def forward(self, network: nn.Module, images: Tensor) -> Any:
+        """The network's answer to a batch of images, for timing."""
+        return network(images)
+
+    def recall(self, row: Row) -> Outputs | None:
+        """The full-precision outputs as far as `score` reads them, from its stored row; None to evaluate it again."""
+        return None
+
+
+def list_tasks() -> dict[str, EntryPoint]:
+    """Registered tasks by name, sorted."""
+    return {entry.name: entry for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name)}
+
+
+def load_task_class(name: str) -> type[Task]:
+    """The class that a task's entry point names.
+
+    Raises:
+        IasvitError: no such task (the message lists what exists), or its module cannot be imported.
+    """
+    entries = list_tasks()
+    if name not in entries:
+        raise IasvitError(f"task {name!r} is not registered; registered are {', '.join(entries) or 'none'}")
+    try:
+        return entries[name].load()
+    except (ImportError, AttributeError) as error:
+        raise IasvitError(
+            f"task {name!r} is registered as {entries[name].value}, but loading that failed: {error}; "
+            "mend or uninstall the package that registers it"
+        ) from error
