@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
-from iasvit.benchmark.task import load_task_class
+from iasvit.benchmark.task import find_task_class
 from iasvit.errors import IasvitError
 from iasvit.methods import load_method_class, split_variant
 
@@ -29,7 +29,7 @@ def other_version(row: Mapping[str, Any]) -> str:
     parts = []
     for by, name, cls, version in (
         ("by", row["method"], _method(row["method"]), row["method_version"]),
-        ("on", row["task"], _task(row["task"]), row["task_version"]),
+        ("on", row["task"], find_task_class(row["task"]), row["task_version"]),
     ):
         present = _version(cls)
         if cls is None or version == present:
@@ -40,6 +40,12 @@ def other_version(row: Mapping[str, Any]) -> str:
     return f"measured {', and '.join(parts)}" if parts else ""
 
 
+def forget() -> None:
+    """Look for installed methods and tasks anew."""
+    _method.cache_clear()
+    find_task_class.cache_clear()
+
+
 def _version(cls: type | None) -> int:
     return getattr(cls, "version", 1)
 
@@ -48,13 +54,5 @@ def _version(cls: type | None) -> int:
 def _method(name: str) -> type | None:
     try:
         return load_method_class(split_variant(name)[0])
-    except IasvitError:
-        return None
-
-
-@cache
-def _task(name: str) -> type | None:
-    try:
-        return load_task_class(name)
     except IasvitError:
         return None
