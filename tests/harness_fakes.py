@@ -142,9 +142,10 @@ ENTRIES = {
     name: EntryPoint(name, f"harness_fakes:{cls.__name__}", methods.GROUP)
     for name, cls in {"noise": Noise, "killed": Killed, "broken": Broken}.items()
 }
+ENTRIES["rtn"] = EntryPoint("rtn", "baselines.rtn:RTN", methods.GROUP)  # a real one, whose models can be saved
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Register the fake methods, and no other."""
+    """Register the fake methods and rtn, and no other."""
     versions.forget()
     monkeypatch.setattr(methods, "_entries", lambda: ENTRIES)
