@@ -291,7 +291,7 @@ def test_without_labels_any_tree_and_any_number_of_classes_will_do(fill: Fill) -
     fill("deep/deeper", 3)
     task = make_task(Data.folder, root, pretrained=False, labels=False)
     assert (task.split_size, len(task.images.calibration_samples)) == (8, 2)
-    assert task.metrics[0] == "agreement"
+    assert task.primary[0].name == "agreement"
     task.check_classes(MODEL, task.load_model(MODEL))
     fill("train", 4)
     fill("val", 2)
