@@ -40,6 +40,10 @@ class RepQViT:
     init_size: int = 32
 
     name: ClassVar[str] = "repq_vit"
+    version: ClassVar[int] = 2
+    changelog: ClassVar[dict[int, str]] = {
+        2: "detectors: images keep their sizes, and a head's quantizers see all feature levels while ranges are chosen"
+    }
 
     def __post_init__(self) -> None:
         if self.init_size < 1:

@@ -66,6 +66,11 @@ class IASViT:
     compile: bool = False
 
     name: ClassVar[str] = "ias_vit"
+    version: ClassVar[int] = 2
+    changelog: ClassVar[dict[int, str]] = {
+        2: "quantizers are initialised by one pass of the quantized model, not on full-precision activations; [-sulq] "
+        "has the paper's log2"
+    }
     ablations: ClassVar[dict[str, dict[str, str]]] = {"sulq": {"softmax": "log2"}}
 
     def __post_init__(self) -> None:

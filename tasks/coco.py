@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 import typer
@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from iasvit.benchmark.estimate import estimate, format_estimates
 from iasvit.benchmark.harness import exit_status, run_cells
 from iasvit.benchmark.results import ResultStore, Row
+from iasvit.benchmark.task import EMBEDDED, DataSet, Metric, Task
 from iasvit.cli import main, make_app
 from iasvit.errors import IasvitError
 from iasvit.leaderboard.aggregate import table
 from iasvit.methods import list_methods
-from iasvit.progress import Progress
+from iasvit.progress import Progress, fingerprint
 from iasvit.spec import QuantSpec
 from tasks.command import at_least, check_models, make_cells, make_device, parse_options, unique
 from tasks.detection.checkpoints import PUBLISHED
@@ -106,8 +107,8 @@ PAPER = Profile(calib_size=256, init_size=4, batch_size=1, iterations=1000, iter
 MINI = Profile(calib_size=64, init_size=8, batch_size=4, iterations=100, iterations_6_bits=100, lr=1e-3)
 
 
-class CocoTask:
-    """Detection and instance segmentation for the harness (see `iasvit.benchmark.harness.Task`).
+class CocoTask(Task):
+    """Detection and instance segmentation for the harness (see `iasvit.benchmark.task.Task`).
 
     Args:
         dataset: its name in result rows.
@@ -117,14 +118,25 @@ class CocoTask:
     """
 
     name = "coco"
-    metrics = METRICS
-    primary = PRIMARY
+    metrics = tuple(Metric(name, primary=name in PRIMARY) for name in METRICS)
+    data_sets: ClassVar[dict[str, DataSet]] = {
+        "mini": DataSet("mini", EMBEDDED, "the embedded mini benchmark (drawn scenes, small models), not on real data")
+    }
 
     def __init__(self, dataset: str, images: CocoImages, models: Detectors, device: torch.device) -> None:
-        self.dataset = dataset
+        self.data = self.data_sets.get(dataset, DataSet(dataset))
         self.images = images
         self.models = models
         self.device = device
+
+    @classmethod
+    def command(cls) -> typer.Typer:
+        """See `iasvit.benchmark.task.Task`."""
+        return app
+
+    def data_fingerprint(self) -> str:
+        """See `iasvit.benchmark.task.Task`."""
+        return fingerprint(self.data.name, len(self.images))
 
     @property
     def split_size(self) -> int:
@@ -132,7 +144,7 @@ class CocoTask:
         return len(self.images)
 
     def load_model(self, model: str) -> nn.Module:
-        """See `iasvit.benchmark.harness.Task`.
+        """See `iasvit.benchmark.task.Task`.
 
         Raises:
             IasvitError: the detector cannot be had, or its classes are not the data's categories.
@@ -141,30 +153,30 @@ class CocoTask:
         return self.models.load(model).to(self.device)
 
     def weights(self, model: str) -> str:
-        """See `iasvit.benchmark.harness.Task`."""
+        """See `iasvit.benchmark.task.Task`."""
         return self.models.weights(model)
 
     def calibration(self, model: str, n: int, seed: int) -> Tensor | Sequence[Tensor]:
-        """See `iasvit.benchmark.harness.Task`; images of different sizes come as a sequence of 1×3×H×W."""
+        """See `iasvit.benchmark.task.Task`; images of different sizes come as a sequence of 1×3×H×W."""
         return self.images.calibration(self.models.config(model), n, seed)
 
     def forward(self, network: nn.Module, images: Tensor) -> Any:
-        """See `iasvit.benchmark.harness.Task`; mmdet's detectors do not answer images alone."""
+        """See `iasvit.benchmark.task.Task`; mmdet's detectors do not answer images alone."""
         return predict_images(network, images)
 
     def predict(self, model: str, network: nn.Module, progress: Progress) -> dict[str, float]:
-        """See `iasvit.benchmark.harness.Task`; the metrics, which mmdet's metric gathers while the images pass."""
+        """See `iasvit.benchmark.task.Task`; the metrics, which mmdet's metric gathers while the images pass."""
         from tasks.detection.runner import evaluate
 
         dataset = self.images.dataset(self.models.config(model))
         return evaluate(network, dataset, self.images.metric(), progress, self.images.workers)
 
     def recall(self, row: Row) -> dict[str, float]:
-        """See `iasvit.benchmark.harness.Task`."""
+        """See `iasvit.benchmark.task.Task`."""
         return {name: row[name] for name in METRICS}
 
     def score(self, predictions: dict[str, float], reference: dict[str, float]) -> dict[str, float]:
-        """See `iasvit.benchmark.harness.Task`."""
+        """See `iasvit.benchmark.task.Task`."""
         return predictions
 
 
@@ -374,7 +386,7 @@ def coco(
         return
     rows = run_cells(task, cells, store, force=force)
     print(table(rows, PRIMARY))
-    print(f"\nrows: {store.path(task.name, task.dataset)}")
+    print(f"\nrows: {store.path(task.name, task.data.name)}")
     raise typer.Exit(exit_status(rows))
 
 

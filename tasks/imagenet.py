@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import torch
 import typer
@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from iasvit.benchmark.estimate import estimate, format_estimates
 from iasvit.benchmark.harness import exit_status, run_cells
 from iasvit.benchmark.results import ResultStore
+from iasvit.benchmark.task import EMBEDDED, DataSet, Metric, Task
 from iasvit.cli import main, make_app
 from iasvit.errors import IasvitError
 from iasvit.leaderboard.aggregate import table
 from iasvit.methods import list_methods
-from iasvit.progress import Progress
+from iasvit.progress import Progress, fingerprint
 from iasvit.spec import QuantSpec
 from tasks.classification.data import (
     MINI_BATCH,
@@ -35,7 +36,7 @@ from tasks.classification.data import (
     MiniImages,
 )
 from tasks.classification.folders import AnyFolderImages, folder_dataset
-from tasks.classification.metrics import CLASSIFICATION_METRICS, UNLABELLED_METRICS, Predictions, classification_scores
+from tasks.classification.metrics import UNLABELLED_METRICS, Predictions, classification_scores
 from tasks.classification.models import MiniModels, Models, TimmModels
 from tasks.command import at_least, check_models, make_cells, make_device, parse_options, unique
 
@@ -93,8 +94,8 @@ PAPER = Profile(("deit_s",), calib_size=1024, batch_size=64, iterations=1000, it
 MINI = Profile(("deit_t", "swin_t"), calib_size=256, batch_size=16, iterations=200, iterations_6_bits=200, lr=1e-3)
 
 
-class ImageNetTask:
-    """Image classification for the harness (see `iasvit.benchmark.harness.Task`).
+class ImageNetTask(Task):
+    """Image classification for the harness (see `iasvit.benchmark.task.Task`).
 
     Args:
         dataset: its name in result rows.
@@ -104,13 +105,44 @@ class ImageNetTask:
     """
 
     name = "imagenet"
+    metrics = (
+        Metric("top1", primary=True, standard_error="top1_se"),
+        Metric("top1_se"),
+        Metric("top5", standard_error="top5_se"),
+        Metric("top5_se"),
+        Metric("agreement"),
+        Metric("cosine", digits=4),
+        Metric("unreadable", digits=0, higher_is_better=False, counts=True),
+    )
+    data_sets: ClassVar[dict[str, DataSet]] = {
+        "mini": DataSet("mini", EMBEDDED, "the embedded mini benchmark (drawn scenes, small models), not on real data"),
+        "mini-hard": DataSet(
+            "mini-hard",
+            EMBEDDED,
+            "mini-hard, the embedded benchmark's stress variant (a real ViT's channel spread transplanted)",
+        ),
+    }
 
     def __init__(self, dataset: str, images: Images, models: Models, device: torch.device) -> None:
-        self.dataset = dataset
+        self.data = self.data_sets.get(dataset, DataSet(dataset))
         self.images = images
-        self.metrics = UNLABELLED_METRICS if images.num_classes is None else CLASSIFICATION_METRICS
         self.models = models
         self.device = device
+
+    @property
+    def scored(self) -> tuple[Metric, ...]:
+        """See `iasvit.benchmark.task.Task`."""
+        unlabelled = self.images.num_classes is None
+        return tuple(metric for metric in self.metrics if not unlabelled or metric.name in UNLABELLED_METRICS)
+
+    @classmethod
+    def command(cls) -> typer.Typer:
+        """See `iasvit.benchmark.task.Task`."""
+        return app
+
+    def data_fingerprint(self) -> str:
+        """See `iasvit.benchmark.task.Task`."""
+        return fingerprint(self.data.name, len(self.images))
 
     @property
     def split_size(self) -> int:
@@ -118,7 +150,7 @@ class ImageNetTask:
         return len(self.images)
 
     def load_model(self, model: str) -> nn.Module:
-        """See `iasvit.benchmark.harness.Task`.
+        """See `iasvit.benchmark.task.Task`.
 
         Raises:
             IasvitError: the model cannot be had, or its classes are not the data's.
@@ -137,20 +169,20 @@ class ImageNetTask:
             counts = " or ".join(str(count) for count in allowed)
             without = ", or leave labels out with --no-labels" if isinstance(self.images, AnyFolderImages) else ""
             raise IasvitError(
-                f"backbone {model!r} has {network.num_classes} classes, but the labels of {self.dataset} are of "
+                f"backbone {model!r} has {network.num_classes} classes, but the labels of {self.data.name} are of "
                 f"{counts}; choose a model or weights with as many{without}"
             )
 
     def weights(self, model: str) -> str:
-        """See `iasvit.benchmark.harness.Task`."""
+        """See `iasvit.benchmark.task.Task`."""
         return self.models.weights(model)
 
     def calibration(self, model: str, n: int, seed: int) -> Tensor:
-        """See `iasvit.benchmark.harness.Task`."""
+        """See `iasvit.benchmark.task.Task`."""
         return self.images.calibration(self.models.config(model), n, seed)
 
     def predict(self, model: str, network: nn.Module, progress: Progress) -> Predictions:
-        """See `iasvit.benchmark.harness.Task`."""
+        """See `iasvit.benchmark.task.Task`."""
 
         def answers() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
             with progress.phase("evaluation", len(self.images)) as bar:
@@ -164,9 +196,9 @@ class ImageNetTask:
             return Predictions.collect(answers(), len(self.images))
 
     def score(self, predictions: Predictions, reference: Predictions) -> dict[str, float]:
-        """See `iasvit.benchmark.harness.Task`."""
+        """See `iasvit.benchmark.task.Task`."""
         scores = classification_scores(predictions, reference)
-        return {name: scores[name] for name in self.metrics}
+        return {metric.name: scores[metric.name] for metric in self.scored}
 
 
 def make_task(
@@ -360,8 +392,12 @@ def imagenet(
         print(format_estimates(estimate(task, cells, store, force=force)))
         return
     rows = run_cells(task, cells, store, force=force)
-    print(table(rows, [name for name in ("top1", "agreement", "cosine") if name in task.metrics]))
-    print(f"\nrows: {store.path(task.name, task.dataset)}")
+    print(
+        table(
+            rows, [name for name in ("top1", "agreement", "cosine") if name in {metric.name for metric in task.scored}]
+        )
+    )
+    print(f"\nrows: {store.path(task.name, task.data.name)}")
     raise typer.Exit(exit_status(rows))
 
 

@@ -81,7 +81,7 @@ def _images_for(task: ImageNetTask, quantized: nn.Module, count: int, seed: int)
     expected = torch.Size(config["input_size"])
     if x.shape[1:] != expected:
         raise IasvitError(
-            f"the checkpoint's model takes images {'×'.join(map(str, expected))}, but those of --data {task.dataset} "
+            f"the checkpoint's model takes images {'×'.join(map(str, expected))}, but those of --data {task.data.name} "
             f"are {'×'.join(map(str, x.shape[1:]))}; choose the data set that it was made for"
         )
     return x

@@ -302,6 +302,6 @@ def test_without_labels_any_tree_and_any_number_of_classes_will_do(fill: Fill) -
 @pytest.mark.skipif(not SAMPLE.is_dir(), reason="the sample of real ImageNet photographs is not beside the repository")
 def test_the_sample_as_a_folder() -> None:
     task = make_task(Data.folder, SAMPLE, pretrained=False, limit=10)
-    assert (task.dataset, task.images.num_classes) == ("imagenet-sample", {800: None})
+    assert (task.data.name, task.images.num_classes) == ("imagenet-sample", {800: None})
     assert len(task.images.calibration_samples) == 200
     assert task.images.evaluated[-1][1] == 799

@@ -471,7 +471,7 @@ def test_mini_calibration_depends_on_the_seed_alone() -> None:
 
 def test_mini_hard_answers_as_mini_does() -> None:
     plain, hard = (make_task(data, pretrained=False, limit=16) for data in (Data.mini, Data.mini_hard))
-    assert (plain.dataset, hard.dataset) == ("mini", "mini-hard")
+    assert (plain.data.name, hard.data.name) == ("mini", "mini-hard")
     a, b = (task.load_model("deit_t") for task in (plain, hard))
     assert not torch.equal(a.blocks[0].norm1.weight, b.blocks[0].norm1.weight)
     scores = hard.score(*(task.predict("deit_t", net, Progress()) for task, net in ((hard, b), (plain, a))))
