@@ -229,9 +229,7 @@ class MiniModels:
 
     def config(self, name: str) -> DataConfig:
         """See `Models`."""
-        from tasks.mini import zoo
-
-        return resolve_data_config(pretrained_cfg=zoo.build(name).pretrained_cfg)
+        return resolve_data_config(pretrained_cfg=self.architecture(name).pretrained_cfg)
 
     def weights(self, name: str) -> str:
         """See `Models`."""

@@ -16,7 +16,9 @@ from iasvit.errors import IasvitError
 from iasvit.inspection import layer_errors, quantizer_table, with_same_names
 from iasvit.leaderboard.plots import inspection
 from iasvit.methods import method_options
-from tasks.imagenet import MINI, PAPER, Data, ImageNetTask, make_device, make_task
+from tasks.classification.setup import Data, make_setup
+from tasks.command import at_least, make_device, print_warnings
+from tasks.imagenet import ImageNetTask
 
 app = make_app()
 
@@ -36,22 +38,21 @@ def inspect(
     out: Annotated[Path | None, typer.Option(help="folder for the table as CSV and the plot as SVG")] = None,
 ) -> None:
     """Print ranges, channel spread, attention tail, quantizer, bits and error of every layer."""
-    if images < 1:
-        raise IasvitError(f"--images is {images}, but 1 or more is expected")
-    where = make_device(device)
-    task = make_task(data, data_root, pretrained=pretrained, device=where, labels=data is not Data.folder)
+    print_warnings()
+    at_least("--images", images, 1)
+    labels = data is not Data.folder
+    task = ImageNetTask(make_setup(data, data_root, pretrained=pretrained, device=make_device(device), labels=labels))
     path = Path(target)
     if path.suffix == ".safetensors" or path.is_file():
-        quantized = iasvit.load(path).to(where)
-        x = _images_for(task, quantized, images, seed).to(where)
+        quantized = iasvit.load(path).to(task.device)
+        x = _images_for(task, quantized, images, seed).to(task.device)
         table = quantizer_table(quantized, x)
         made = quantized.quantization
         title = f"{path.name}: {made.method} at {made.spec}"
     else:
         model = task.load_model(target)
-        x = task.calibration(target, images, seed).to(where)
-        profile = MINI if data.embedded else PAPER
-        options = {**profile.options(iasvit.QuantSpec.parse(bits)), "seed": seed}
+        x = task.calibration(target, images, seed).to(task.device)
+        options = {**data.profile.options(iasvit.QuantSpec.parse(bits)), "seed": seed}
         if iterations is not None:
             options["iterations"] = iterations
         known = method_options(method)
@@ -81,7 +82,7 @@ def _images_for(task: ImageNetTask, quantized: nn.Module, count: int, seed: int)
     expected = torch.Size(config["input_size"])
     if x.shape[1:] != expected:
         raise IasvitError(
-            f"the checkpoint's model takes images {'×'.join(map(str, expected))}, but those of --data {task.dataset} "
+            f"the checkpoint's model takes images {'×'.join(map(str, expected))}, but those of --data {task.data.name} "
             f"are {'×'.join(map(str, x.shape[1:]))}; choose the data set that it was made for"
         )
     return x
