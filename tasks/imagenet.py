@@ -24,7 +24,16 @@ from tasks import command
 from tasks.classification.folders import AnyFolderImages
 from tasks.classification.metrics import CLASSIFICATION_METRICS, UNLABELLED_METRICS, Predictions, classification_scores
 from tasks.classification.models import PAPER_BACKBONES
-from tasks.classification.setup import DATA_ROOT, DATA_SETS, MINI, PAPER, Data, Setup, make_setup
+from tasks.classification.setup import (
+    DATA_ROOT,
+    MINI,
+    PAPER,
+    SOURCES,
+    Setup,
+    find_source,
+    known_data_sets,
+    make_setup,
+)
 from tasks.command import at_least, unique
 from tasks.fingerprint import fingerprint
 
@@ -41,7 +50,7 @@ class ImageNetTask(Task):
 
     name = "imagenet"
     metrics = CLASSIFICATION_METRICS
-    data_sets: ClassVar[dict[str, DataSet]] = DATA_SETS
+    data_sets: ClassVar[dict[str, DataSet]] = known_data_sets()
     model_order: ClassVar[tuple[str, ...]] = tuple(PAPER_BACKBONES)
 
     def __init__(self, setup: Setup) -> None:
@@ -119,8 +128,9 @@ class ImageNetTask(Task):
 
     def score(self, outputs: Predictions, reference: Predictions) -> dict[str, float]:
         """See `Task`."""
+        scored = {metric.name for metric in self.scored}
         scores = classification_scores(outputs, reference)
-        return {metric.name: scores[metric.name] for metric in self.scored}
+        return {name: value for name, value in scores.items() if name in scored}
 
 
 @app.command()
@@ -136,11 +146,12 @@ def imagenet(
     bits: command.Bits = ["W3A3"],  # noqa: B006
     method: command.Methods = None,
     data: Annotated[
-        Data,
+        str,
         typer.Option(
-            help="mini and mini-hard are embedded; imagenette downloads 99 MB; folder: any, with a folder a class."
+            help=f"{', '.join(SOURCES)}. mini and mini-hard are embedded; imagenette downloads 99 MB; folder: any, "
+            "with a folder a class."
         ),
-    ] = Data.mini,
+    ] = "mini",
     data_root: Annotated[
         Path | None,
         typer.Option(
@@ -187,9 +198,10 @@ def imagenet(
     """
     command.print_warnings()
     at_least("--img-size", img_size, 1)
-    backbones, specs = unique(backbone or data.profile.models), unique([QuantSpec.parse(text) for text in bits])
+    profile = find_source(data).profile
+    backbones, specs = unique(backbone or profile.models), unique([QuantSpec.parse(text) for text in bits])
     given = {"iterations": iterations, "batch_size": batch_size, "lr": lr} | command.parse_options(options or [])
-    cells = command.make_cells(backbones, specs, method, seed, calib_size, data.profile, given)
+    cells = command.make_cells(backbones, specs, method, seed, calib_size, profile, given)
     command.check_checkpoint(checkpoint, backbones)
     setup = make_setup(
         data,

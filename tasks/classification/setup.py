@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
-from enum import Enum
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,46 +26,84 @@ from tasks.command import Profile
 
 DATA_ROOT = "IASVIT_IMAGENET"
 
-
-class Data(str, Enum):
-    """The data sets by the name that the command line gives them."""
-
-    mini = "mini"
-    mini_hard = "mini-hard"
-    imagenette = "imagenette"
-    imagenet = "imagenet"
-    folder = "folder"
-
-    @property
-    def embedded(self) -> bool:
-        """Whether it needs nothing but this repository."""
-        return self in (Data.mini, Data.mini_hard)
-
-    @property
-    def profile(self) -> Profile:
-        """What a run on it does unless told otherwise."""
-        return MINI if self.embedded else PAPER
-
-
-# A folder's name is its own, so that it is not among them.
-DATA_SETS = {
-    data.name: data
-    for data in (
-        DataSet("mini", EMBEDDED, "the embedded mini benchmark (drawn scenes, small models), not on real data"),
-        DataSet(
-            "mini-hard",
-            EMBEDDED,
-            "mini-hard, the embedded benchmark's stress variant (a real ViT's channel spread transplanted)",
-        ),
-        DataSet("imagenette"),
-        DataSet("imagenet"),
-    )
-}
-# Names that a folder cannot have: of the other data sets, and of the tables of published values.
-RESERVED = (*DATA_SETS, "published")
-
 PAPER = Profile(("deit_s",), calib_size=1024, batch_size=64, iterations=1000, iterations_6_bits=200, lr=4e-5)
 MINI = Profile(("deit_t", "swin_t"), calib_size=256, batch_size=16, iterations=200, iterations_6_bits=200, lr=1e-3)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set that `--data` names.
+
+    Attributes:
+        data: how tables name it; of the embedded kind, it takes neither --data-root nor --img-size.
+        images: makes them, of --data-root, --limit, the device, and whether labels are read.
+        models: makes them, of --pretrained and --checkpoint, and on real data of --img-size.
+        profile: what a run does unless told otherwise.
+        own_name: whether every folder is a data set of its own name, with labels or without.
+    """
+
+    data: DataSet
+    images: Callable[[Path | None, int | None, torch.device, bool], Images]
+    models: Callable[..., Models] = TimmModels
+    profile: Profile = PAPER
+    own_name: bool = False
+
+
+def _mini(root: Path | None, limit: int | None, device: torch.device, labels: bool) -> Images:
+    return MiniImages(limit, MINI_BATCH_GPU if device.type == "cuda" else MINI_BATCH)
+
+
+def _imagenette(root: Path | None, limit: int | None, device: torch.device, labels: bool) -> Images:
+    return ImagenetteImages(root or Path(torch.hub.get_dir()) / "iasvit", limit, device.type == "cuda")
+
+
+def _imagenet(root: Path | None, limit: int | None, device: torch.device, labels: bool) -> Images:
+    root = root or (Path(os.environ[DATA_ROOT]) if os.environ.get(DATA_ROOT) else None)
+    if root is None:
+        raise IasvitError(
+            f"--data imagenet needs a folder: give --data-root FOLDER or set {DATA_ROOT} to one that holds "
+            f"train/ and val/"
+        )
+    return FolderImages(root, limit, device.type == "cuda")
+
+
+def _folder(root: Path | None, limit: int | None, device: torch.device, labels: bool) -> Images:
+    return AnyFolderImages(root, limit, device.type == "cuda", labels=labels)
+
+
+_MINI = "the embedded mini benchmark (drawn scenes, small models), not on real data"
+_HARD = "mini-hard, the embedded benchmark's stress variant (a real ViT's channel spread transplanted)"
+SOURCES = {
+    source.data.name: source
+    for source in (
+        Source(DataSet("mini", EMBEDDED, _MINI), _mini, MiniModels, MINI),
+        Source(DataSet("mini-hard", EMBEDDED, _HARD), _mini, partial(MiniModels, hard=True), MINI),
+        Source(DataSet("imagenette"), _imagenette),
+        Source(DataSet("imagenet"), _imagenet),
+        Source(DataSet("folder"), _folder, own_name=True),
+    )
+}
+
+
+def find_source(name: str) -> Source:
+    """The source that `--data` names.
+
+    Raises:
+        IasvitError: there is none of that name.
+    """
+    if name not in SOURCES:
+        raise IasvitError(f"--data {name} is not known; there are {', '.join(SOURCES)}")
+    return SOURCES[name]
+
+
+def known_data_sets() -> dict[str, DataSet]:
+    """The data sets that are known by name: all but folders."""
+    return {name: source.data for name, source in SOURCES.items() if not source.own_name}
+
+
+def reserved_names() -> tuple[str, ...]:
+    """Names that a folder cannot have: of the other data sets, and of the tables of published values."""
+    return (*known_data_sets(), "published")
 
 
 @dataclass(frozen=True)
@@ -85,7 +124,7 @@ class Setup:
 
 
 def make_setup(
-    data: Data,
+    data: str,
     data_root: Path | None = None,
     *,
     checkpoint: Path | None = None,
@@ -99,7 +138,7 @@ def make_setup(
     """A run's images and models.
 
     Args:
-        data: which.
+        data: a name of SOURCES.
         data_root: folder of imagenet (IASVIT_IMAGENET by default) or folder, or where imagenette lies or is downloaded
             to.
         checkpoint: weights from this file.
@@ -113,35 +152,23 @@ def make_setup(
     Raises:
         IasvitError: data that is not there, or holds nothing that can be evaluated; an argument of other data.
     """
-    device = device or torch.device("cpu")
-    if data is not Data.folder and (data_name is not None or not labels):
+    source, device = find_source(data), device or torch.device("cpu")
+    if not source.own_name and (data_name is not None or not labels):
         option = "--no-labels" if data_name is None else "--data-name"
-        raise IasvitError(f"{option} does not go with --data {data.value}; --data folder takes it")
-    if data.embedded:
+        raise IasvitError(f"{option} does not go with --data {data}; --data folder takes it")
+    options: dict[str, int | None] = {"img_size": img_size}
+    if source.data.kind == EMBEDDED:
         if data_root is not None:
             raise IasvitError(
-                f"--data-root does not go with --data {data.value}; --data imagenet and --data folder read a folder"
+                f"--data-root does not go with --data {data}; --data imagenet and --data folder read a folder"
             )
         if img_size is not None:
-            raise IasvitError(f"--img-size does not go with --data {data.value}, whose images are of one size")
-        scenes = MiniImages(limit, MINI_BATCH_GPU if device.type == "cuda" else MINI_BATCH)
-        models = MiniModels(data is Data.mini_hard, pretrained, checkpoint)
-        return Setup(DATA_SETS[data.value], scenes, models, device)
-    pin_memory = device.type == "cuda"
-    timm_models = TimmModels(pretrained, checkpoint, img_size)
-    if data is Data.folder:
+            raise IasvitError(f"--img-size does not go with --data {data}, whose images are of one size")
+        options = {}
+    described = source.data
+    if source.own_name:
         if data_root is None:
-            raise IasvitError("--data folder needs a folder of images: give --data-root FOLDER")
-        name = folder_dataset(data_root, data_name, labels, RESERVED)
-        images = AnyFolderImages(data_root, limit, pin_memory, labels=labels)
-        return Setup(DataSet(name), images, timm_models, device)
-    if data is Data.imagenette:
-        root = data_root or Path(torch.hub.get_dir()) / "iasvit"
-        return Setup(DATA_SETS[data.value], ImagenetteImages(root, limit, pin_memory), timm_models, device)
-    root = data_root or (Path(os.environ[DATA_ROOT]) if os.environ.get(DATA_ROOT) else None)
-    if root is None:
-        raise IasvitError(
-            f"--data imagenet needs a folder: give --data-root FOLDER or set {DATA_ROOT} to one that holds "
-            f"train/ and val/"
-        )
-    return Setup(DATA_SETS[data.value], FolderImages(root, limit, pin_memory), timm_models, device)
+            raise IasvitError(f"--data {data} needs a folder of images: give --data-root FOLDER")
+        described = DataSet(folder_dataset(data_root, data_name, labels, reserved_names()))
+    images = source.images(data_root, limit, device, labels)
+    return Setup(described, images, source.models(pretrained, checkpoint, **options), device)

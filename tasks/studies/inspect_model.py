@@ -16,7 +16,7 @@ from iasvit.errors import IasvitError
 from iasvit.inspection import layer_errors, quantizer_table, with_same_names
 from iasvit.leaderboard.plots import inspection
 from iasvit.methods import method_options
-from tasks.classification.setup import Data, make_setup
+from tasks.classification.setup import find_source, make_setup
 from tasks.command import at_least, make_device, print_warnings
 from tasks.imagenet import ImageNetTask
 
@@ -26,7 +26,7 @@ app = make_app()
 @app.command()
 def inspect(
     target: Annotated[str, typer.Argument(help="file of iasvit.save, or a backbone to quantize first")],
-    data: Annotated[Data, typer.Option(help="whose images")] = Data.mini,
+    data: Annotated[str, typer.Option(help="whose images")] = "mini",
     data_root: Annotated[Path | None, typer.Option(help="folder of images, imagenet or imagenette")] = None,
     pretrained: Annotated[bool, typer.Option(help="trained weights of a backbone, or random ones")] = True,
     bits: Annotated[str, typer.Option(help="of a backbone")] = "W4A4",
@@ -40,8 +40,11 @@ def inspect(
     """Print ranges, channel spread, attention tail, quantizer, bits and error of every layer."""
     print_warnings()
     at_least("--images", images, 1)
-    labels = data is not Data.folder
-    task = ImageNetTask(make_setup(data, data_root, pretrained=pretrained, device=make_device(device), labels=labels))
+    task = ImageNetTask(
+        make_setup(
+            data, data_root, pretrained=pretrained, device=make_device(device), labels=not find_source(data).own_name
+        )
+    )
     path = Path(target)
     if path.suffix == ".safetensors" or path.is_file():
         quantized = iasvit.load(path).to(task.device)
@@ -52,7 +55,7 @@ def inspect(
     else:
         model = task.load_model(target)
         x = task.calibration(target, images, seed).to(task.device)
-        options = {**data.profile.options(iasvit.QuantSpec.parse(bits)), "seed": seed}
+        options = {**find_source(data).profile.options(iasvit.QuantSpec.parse(bits)), "seed": seed}
         if iterations is not None:
             options["iterations"] = iterations
         known = method_options(method)
@@ -61,7 +64,7 @@ def inspect(
         errors = errors[errors["kind"] != "block"].rename(columns={"own": "output_error", "streamed": "error_streamed"})
         table = quantizer_table(quantized, x).merge(errors.drop(columns="kind"), how="left", on="layer")
         title = f"{target}: {method} at {bits}"
-    print(f"{title}, {images} images of {data.value}\n")
+    print(f"{title}, {images} images of {data}\n")
     print(table.to_string(index=False, float_format=lambda value: f"{value:.4g}", na_rep=""))
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)

@@ -27,7 +27,7 @@ from iasvit.nn import quantizers_of
 from iasvit.progress import Progress
 from iasvit.quantizers import SOFTMAX_QUANTIZERS, Quantizer, UniformQuantizer
 from iasvit.spec import QuantSpec
-from tasks.classification.setup import Data, make_setup
+from tasks.classification.setup import find_source, make_setup
 from tasks.command import at_least, check_models, make_device, print_warnings, unique
 from tasks.imagenet import ImageNetTask
 
@@ -97,7 +97,7 @@ def softmax(
         list[str] | None, typer.Option(help="Repeatable. [default: as tasks/imagenet.py]", show_default=False)
     ] = None,
     n_bits: Annotated[list[int], typer.Option(help="Repeatable.")] = [3, 4, 6],  # noqa: B006
-    data: Annotated[Data, typer.Option(help="As tasks/imagenet.py.")] = Data.mini,
+    data: Annotated[str, typer.Option(help="As tasks/imagenet.py.")] = "mini",
     data_root: Annotated[Path | None, typer.Option(help="As tasks/imagenet.py.", show_default=False)] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="As tasks/imagenet.py.", show_default=False)] = None,
     calib_size: Annotated[int, typer.Option(help="Calibration images.")] = 32,
@@ -108,7 +108,7 @@ def softmax(
     """A row (model, quantizer, n_bits, images, top1, agreement, cosine) for each quantizer."""
     print_warnings()
     at_least("--calib-size", calib_size, 1)
-    names = unique(backbone or data.profile.models)
+    names = unique(backbone or find_source(data).profile.models)
     task = ImageNetTask(make_setup(data, data_root, checkpoint=checkpoint, device=make_device(device), limit=limit))
     check_models(task.models, names, [QuantSpec(bits, bits) for bits in n_bits])
     task.images.check_calibration(calib_size)

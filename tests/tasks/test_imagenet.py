@@ -36,7 +36,7 @@ from tasks.classification.data import (
 )
 from tasks.classification.metrics import Predictions, classification_scores
 from tasks.classification.models import PAPER_BACKBONES, MiniModels, TimmModels
-from tasks.classification.setup import MINI, PAPER, Data, Setup, make_setup
+from tasks.classification.setup import MINI, PAPER, Setup, make_setup
 from tasks.command import make_cells
 from tasks.imagenet import ImageNetTask, app
 from tasks.mini import scenes, zoo
@@ -469,7 +469,7 @@ def test_mini_calibration_depends_on_the_seed_alone() -> None:
 
 
 def test_mini_hard_answers_as_mini_does() -> None:
-    plain, hard = (ImageNetTask(make_setup(data, pretrained=False, limit=16)) for data in (Data.mini, Data.mini_hard))
+    plain, hard = (ImageNetTask(make_setup(data, pretrained=False, limit=16)) for data in ("mini", "mini-hard"))
     assert (plain.data.name, hard.data.name) == ("mini", "mini-hard")
     a, b = (task.load_model("deit_t") for task in (plain, hard))
     assert not torch.equal(a.blocks[0].norm1.weight, b.blocks[0].norm1.weight)
@@ -659,7 +659,7 @@ def test_the_fingerprint_of_mini_is_of_the_scenes_version(monkeypatch: pytest.Mo
 
 
 def test_the_configuration_is_what_happens_to_images() -> None:
-    task = ImageNetTask(make_setup(Data.mini, pretrained=False))
+    task = ImageNetTask(make_setup("mini", pretrained=False))
     assert task.config_fingerprint("deit_t") == task.config_fingerprint("swin_t") != task.config_fingerprint("vit_s")
     sizes = [TimmModels(pretrained=False, img_size=size) for size in (224, 256)]
     prints = [
@@ -674,7 +674,7 @@ def test_the_configuration_is_what_happens_to_images() -> None:
 
 @pytest.mark.skipif(not SAMPLE.is_dir(), reason="the sample of real ImageNet photographs is not beside the repository")
 def test_the_sample_of_real_photographs() -> None:
-    task = ImageNetTask(make_setup(Data.imagenet, SAMPLE, pretrained=False, limit=50))
+    task = ImageNetTask(make_setup("imagenet", SAMPLE, pretrained=False, limit=50))
     classes = imagenet_classes()
     assert len(task.images.evaluated) == 800
     for path, label in task.images.evaluated:
