@@ -1,21 +1,99 @@
-"""What the tasks' commands share: from options to cells, and what is checked before anything runs."""
+"""What the tasks' commands share: options, from options to cells, what is checked before anything runs, and the run."""
 
 from __future__ import annotations
 
+import logging
+import sys
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol, TypeVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, NoReturn, Protocol, TypeVar
 
 import torch
+import typer
 from torch import nn
 
-from iasvit.benchmark.harness import Cell
+from iasvit.benchmark.estimate import estimate, format_estimates
+from iasvit.benchmark.harness import Cell, exit_status, run_cells
+from iasvit.benchmark.results import ResultStore
+from iasvit.benchmark.task import Task
 from iasvit.errors import IasvitError
-from iasvit.methods import get_method, method_options, parse_value
+from iasvit.leaderboard.aggregate import table
+from iasvit.methods import get_method, list_methods, method_options, parse_value
 from iasvit.models import Site, insert_quantizers
 from iasvit.quantizers import UniformQuantizer
 from iasvit.spec import QuantSpec
 
 T = TypeVar("T")
+
+# ---- options ---------------------------------------------------------------------------------------------------------
+
+Bits = Annotated[list[str], typer.Option(help='Repeatable; "W4A8", also with a layer\'s own bits, "W4A4,head=W8A8".')]
+Methods = Annotated[
+    list[str] | None,
+    typer.Option(help="Repeatable; also a variant as ias_vit[-sulq]. [default: all]", show_default=False),
+]
+Checkpoint = Annotated[
+    Path | None, typer.Option(help="Weights of the one model: safetensors, or torch.save's of tensors.")
+]
+Pretrained = Annotated[bool, typer.Option(help="Trained weights, or random ones of a fixed seed.")]
+MethodOptions = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--option",
+        help="Repeatable; NAME=VALUE, any other option of the methods, as autocast=true.",
+        show_default=False,
+    ),
+]
+Seeds = Annotated[list[int], typer.Option(help="Repeatable; of calibration images and method.")]
+Device = Annotated[str | None, typer.Option(help="[cuda where there is one, else cpu]")]
+Limit = Annotated[int | None, typer.Option(help="Evaluate only so many images.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the cells and their estimated cost.")]
+Force = Annotated[bool, typer.Option("--force", help="Measure also cells that are stored.")]
+Stale = Annotated[bool, typer.Option("--stale", help="Measure also cells that are stored of another version.")]
+Save = Annotated[Path | None, typer.Option(help="Folder to keep every quantized model in; its row names the file.")]
+Results = Annotated[Path, typer.Option(help="Folder for the rows.")]
+RESULTS = Path("results/runs")
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What a run does unless told otherwise.
+
+    Attributes:
+        models: by default.
+        calib_size: calibration images.
+        batch_size: images a reconstruction step.
+        iterations: reconstruction steps of a block and stage, below 6 bits.
+        iterations_6_bits: the same from 6 bits on.
+        lr: of reconstruction.
+        init_size: of the calibration images, those that quantizers are initialised on; None leaves it to the method.
+    """
+
+    models: tuple[str, ...] = ()
+    calib_size: int = 1024
+    batch_size: int = 64
+    iterations: int = 1000
+    iterations_6_bits: int = 200
+    lr: float = 4e-5
+    init_size: int | None = None
+
+    def options(self, spec: QuantSpec) -> dict[str, Any]:
+        """Options for the methods that take them, at these bits."""
+        low = min(spec.w_bits, spec.a_bits) < 6
+        iterations = self.iterations if low else self.iterations_6_bits
+        options = {"iterations": iterations, "batch_size": self.batch_size, "lr": self.lr, "init_size": self.init_size}
+        return {name: value for name, value in options.items() if value is not None}
+
+
+def profile_option(text: str, name: str, mini: Profile, real: Profile) -> Any:
+    """The option of a profile's attribute; its help gives the values of the embedded and of real data."""
+    values = [f"{getattr(profile, name):g}" for profile in (mini, real)]
+    more = f", from 6 bits on {real.iterations_6_bits}" if name == "iterations" else ""
+    return typer.Option(help=f"{text} [{values[0]} mini; {values[1]} real{more}]")
+
+
+# ---- from options to cells -------------------------------------------------------------------------------------------
 
 
 class Models(Protocol):
@@ -28,27 +106,37 @@ class Models(Protocol):
         """The model with any weights, or none."""
 
 
-class Profile(Protocol):
-    """What a run does unless told otherwise."""
-
-    def options(self, spec: QuantSpec) -> dict[str, Any]:
-        """Options for the methods that take them, at these bits."""
-
-
 def make_cells(
     names: Sequence[str],
     specs: Sequence[QuantSpec],
-    methods: Sequence[str],
+    methods: Sequence[str] | None,
     seeds: Sequence[int],
-    calib_size: int,
+    calib_size: int | None,
     profile: Profile,
     given: dict[str, Any],
 ) -> list[Cell]:
     """All combinations, each with the options that its method takes: those given, else the profile's.
 
+    Args:
+        names: of models.
+        specs: bits.
+        methods: all registered ones by default.
+        seeds: of calibration images and methods.
+        calib_size: the profile's by default.
+        profile: see there.
+        given: options of methods by name; one that is None is not given.
+
     Raises:
-        IasvitError: an unknown method, or an option given that none of the methods takes.
+        IasvitError: an unknown method, a number that is too small, or an option given that none of the methods takes.
     """
+    given = {name: value for name, value in given.items() if value is not None}
+    for option, least in (("batch_size", 1), ("init_size", 1), ("iterations", 0)):
+        if isinstance(value := given.get(option), int | float):
+            at_least(f"--{option.replace('_', '-')}", value, least)
+    at_least("--calib-size", calib_size, 1)
+    at_least("--seed", min(seeds), 0)
+    methods, seeds = unique(methods or list_methods()), unique(seeds)
+    calib_size = profile.calib_size if calib_size is None else calib_size
     takes = {method: method_options(method) for method in methods}
     for option in given:
         if not any(option in options for options in takes.values()):
@@ -77,6 +165,14 @@ def parse_options(texts: Iterable[str]) -> dict[str, Any]:
             raise IasvitError(f"--option {text!r} is not of the form NAME=VALUE, as autocast=true")
         options[name] = parse_value(value)
     return options
+
+
+def check_checkpoint(checkpoint: Path | None, names: Sequence[str]) -> None:
+    """Raise IasvitError where one file is to be the weights of several models."""
+    if checkpoint is not None and len(names) > 1:
+        raise IasvitError(
+            f"--checkpoint is of one model, but {len(names)} are asked for: {', '.join(names)}; choose one of them"
+        )
 
 
 def check_models(models: Models, names: Sequence[str], specs: Sequence[QuantSpec]) -> None:
@@ -123,3 +219,58 @@ def at_least(option: str, value: float | None, least: int) -> None:
     """Raise IasvitError where the value given for an option is too small."""
     if value is not None and value < least:
         raise IasvitError(f"{option} is {value}, but {least} or more is expected")
+
+
+# ---- the run ---------------------------------------------------------------------------------------------------------
+
+
+def run(
+    task: Task,
+    cells: Sequence[Cell],
+    results: Path,
+    *,
+    printed: Sequence[str],
+    dry_run: bool = False,
+    force: bool = False,
+    stale: bool = False,
+    save: Path | None = None,
+) -> NoReturn:
+    """Measure the cells and print their table, or print what they would cost; then leave the command.
+
+    Args:
+        task: where models and data come from.
+        cells: what to measure.
+        results: folder for the rows.
+        printed: metrics that get a table, where the task scores them.
+        dry_run: only print the estimated cost.
+        force: measure also cells that are stored.
+        stale: measure also cells that are stored of another version.
+        save: folder for the quantized models; None keeps none.
+
+    Raises:
+        typer.Exit: always; status 1 where a cell failed, else 0.
+        IasvitError: as `run_cells`.
+    """
+    store = ResultStore(results)
+    if dry_run:
+        print(format_estimates(estimate(task, cells, store, force=force, stale=stale)))
+        raise typer.Exit
+    rows = run_cells(task, cells, store, force=force, stale=stale, save=save)
+    scored = {metric.name for metric in task.scored}
+    print(table(rows, [name for name in printed if name in scored]))
+    print(f"\nrows: {store.path(task.name, task.data.name)}")
+    raise typer.Exit(exit_status(rows))
+
+
+class _Warnings(logging.Handler):
+    """Prints records on standard error as "warning: …"."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(f"{record.levelname.lower()}: {record.getMessage()}", file=sys.stderr, flush=True)
+
+
+def print_warnings() -> None:
+    """Let the tasks' loggers print their warnings on standard error; a second call does nothing."""
+    logger = logging.getLogger("tasks")
+    if not any(isinstance(handler, _Warnings) for handler in logger.handlers):
+        logger.addHandler(_Warnings())

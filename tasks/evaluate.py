@@ -57,15 +57,19 @@ def _task(
     device: str | None,
 ) -> Task:
     """The task of this kind on a data set; IasvitError for one that it does not know."""
-    if kind is Kind.coco:
-        from tasks.coco import Data, make_task
-    else:
-        from tasks.imagenet import Data, make_task
-    known = [each.value for each in Data]
-    if data not in known:
-        raise IasvitError(f"--data is {data!r}, but task {kind.value} knows {', '.join(known)}")
     options = {"checkpoint": checkpoint, "pretrained": pretrained, "limit": limit, "device": make_device(device)}
-    return make_task(Data(data), data_root, **options)
+    if kind is Kind.imagenet:
+        from tasks.classification.setup import make_setup
+        from tasks.imagenet import ImageNetTask
+
+        return ImageNetTask(make_setup(data, data_root, **options))
+    from tasks.coco import CocoTask
+    from tasks.detection import setup
+
+    known = [each.value for each in setup.Data]
+    if data not in known:
+        raise IasvitError(f"--data {data} is not known; there are {', '.join(known)}")
+    return CocoTask(setup.make_setup(setup.Data(data), data_root, **options))
 
 
 if __name__ == "__main__":

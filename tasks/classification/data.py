@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import tempfile
@@ -14,10 +15,12 @@ import torch
 from timm.data import ImageNetInfo
 from torch import Tensor
 
-from iasvit.benchmark.results import warn
 from iasvit.errors import IasvitError
 from tasks.classification.folders import TRAIN_NAMES, UNREADABLE, VAL_NAMES, Batch, DataConfig, Photographs, spread
 from tasks.classification.image_files import Samples, entries, examples, list_images
+from tasks.fingerprint import fingerprint
+
+logger = logging.getLogger(__name__)
 
 MINI_BATCH = 16  # a mini model's attention maps then stay near a processor's cache
 MINI_BATCH_GPU = 250  # fewer launches
@@ -28,6 +31,10 @@ class Images(Protocol):
 
     # Classes that a model may have → label of each stored class (None: the same). None: images without labels.
     num_classes: dict[int, Tensor | None] | None
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex digits that change when the evaluation split or the images to draw calibration images from do."""
 
     def __len__(self) -> int:
         """Images in the evaluation split, unreadable ones included."""
@@ -87,7 +94,7 @@ def open_folder(folder: Path) -> Samples:
             f"it holds {examples(names) or 'no folder'}"
         )
     if unknown := sorted(names - classes.keys()):
-        warn(f"{folder}: left out folders that are no ImageNet-1k class: {examples(unknown)}")
+        logger.warning("%s: left out folders that are no ImageNet-1k class: %s", folder, examples(unknown))
     samples = list_images(folder, {name: classes[name] for name in names & classes.keys()})
     if not samples:
         raise IasvitError(f"data folder {folder} has class folders, but no image in them")
@@ -107,14 +114,16 @@ class FolderImages(Photographs):
         self.train, self.val = find_splits(root)
         self.num_classes: dict[int, Tensor | None] = {1000: None}
         self.calibration_source = str(self.train or self.val)
-        super().__init__(open_folder(self.val), limit, pin_memory)
+        super().__init__(root, open_folder(self.val), limit, pin_memory)
 
     @cached_property
     def calibration_samples(self) -> Samples:
         """See `Photographs`."""
         if self.train is not None:
             return open_folder(self.train)
-        warn(f"{self.val} has no train folder beside it: calibration images are drawn from it, the evaluation split")
+        logger.warning(
+            "%s has no train folder beside it: calibration images are drawn from it, the evaluation split", self.val
+        )
         return self.evaluated
 
 
@@ -150,20 +159,20 @@ def fetch_imagenette(root: Path) -> Path:
     folder = root / ImagenetteImages.FOLDER
     if folder.is_dir():
         return folder
-    beside = None
+    partial = None
     try:
         root.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(prefix=".imagenette-", dir=root))
-        Imagenette(beside, split="val", size="160px", download=True)
-        os.replace(beside / ImagenetteImages.FOLDER, folder)  # only a whole one gets the name
+        partial = Path(tempfile.mkdtemp(prefix=".imagenette-", dir=root))
+        Imagenette(partial, split="val", size="160px", download=True)
+        os.replace(partial / ImagenetteImages.FOLDER, folder)  # only a whole one gets the name
     except (OSError, RuntimeError) as error:
         raise IasvitError(
             f"Imagenette is not in {root} and could not be downloaded there ({error}); with no network, put its folder "
             f"{ImagenetteImages.FOLDER} there, or use --data mini"
         ) from None
     finally:
-        if beside is not None:
-            shutil.rmtree(beside, ignore_errors=True)
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 
@@ -190,6 +199,13 @@ class MiniImages:
 
     def __len__(self) -> int:
         return self._size
+
+    @property
+    def fingerprint(self) -> str:
+        """See `Images`; of the scenes' version: they are drawn, the same everywhere."""
+        from tasks.mini import scenes
+
+        return fingerprint({"scenes": scenes.VERSION, "val": self._size, "stride": self.STRIDE})
 
     def prepare(self) -> None:
         """See `Images`; draws the scenes."""

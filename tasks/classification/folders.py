@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator
 from functools import cached_property
@@ -14,7 +15,6 @@ from timm.data import create_loader
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from iasvit.benchmark.results import warn
 from iasvit.errors import IasvitError
 from iasvit.leaderboard.markdown import slug
 from tasks.classification.image_files import (
@@ -26,6 +26,9 @@ from tasks.classification.image_files import (
     list_images,
     read_rgb,
 )
+from tasks.fingerprint import file_sizes, fingerprint
+
+logger = logging.getLogger(__name__)
 
 DataConfig = dict[str, Any]  # what timm's resolve_data_config says of a model
 Batch = tuple[Tensor, Tensor, Tensor]  # images B×3×H×W normalised, labels int64 B, positions in the split int64 B
@@ -79,6 +82,7 @@ class Photographs:
     """Images of files (see `tasks.classification.data.Images`); what derives from it says which.
 
     Args:
+        root: the folder that holds all files.
         evaluated: the evaluation split.
         limit: evaluate so many of it, spread evenly; None for all.
         pin_memory: where batches go to a GPU.
@@ -87,7 +91,8 @@ class Photographs:
     num_classes: dict[int, Tensor | None] | None
     calibration_source: str  # where `calibration_samples` come from, for messages
 
-    def __init__(self, evaluated: Samples, limit: int | None, pin_memory: bool) -> None:
+    def __init__(self, root: Path, evaluated: Samples, limit: int | None, pin_memory: bool) -> None:
+        self.root = root
         self.evaluated = evaluated
         self._positions = spread(len(evaluated), limit)
         self._pin_memory = pin_memory
@@ -104,15 +109,28 @@ class Photographs:
     def prepare(self) -> None:
         """See `Images`; nothing: photographs are read as they are evaluated."""
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """See `Images`; of paths, sizes and labels of the images evaluated and of those to calibrate on."""
+        evaluated = [self.evaluated[position] for position in self._positions]
+        return fingerprint([self._described(evaluated), self._described(self.calibration_samples)])
+
+    def _described(self, samples: Samples) -> list[tuple[str, int, int]]:
+        """(path relative to the root, bytes, label) of each image."""
+        sizes = file_sizes((path for path, _ in samples), self.root)
+        return [(path, size, label) for (path, size), (_, label) in zip(sizes, samples, strict=True)]
+
     def batches(self, config: DataConfig) -> Iterator[Batch]:
         """See `Images`."""
         return self._read(self.evaluated, self._positions, config)
 
     def check_calibration(self, n: int) -> None:
         """See `Images`."""
-        there = len(self.calibration_samples)
-        if n > there:
-            raise IasvitError(f"--calib-size is {n}, but {self.calibration_source} has {there} images to calibrate on")
+        available = len(self.calibration_samples)
+        if n > available:
+            raise IasvitError(
+                f"--calib-size is {n}, but {self.calibration_source} has {available} images to calibrate on"
+            )
 
     def calibration(self, config: DataConfig, n: int, seed: int) -> Tensor:
         """See `Images`; the eval transform, and in place of an unreadable image the next one drawn."""
@@ -158,7 +176,7 @@ class Photographs:
                 name = samples[position][0]
                 if name not in self._named:
                     self._named.add(name)
-                    warn(f"{name} cannot be read as an image; left out")
+                    logger.warning("%s cannot be read as an image; left out", name)
             if bool(readable.any()):
                 yield images[readable], labels[readable], at[readable]
 
@@ -188,8 +206,10 @@ class AnyFolderImages(Photographs):
     def __init__(self, root: Path, limit: int | None = None, pin_memory: bool = False, *, labels: bool = True) -> None:
         folders, files = entries(root)
         train, val = (next((name for name in names if name in folders), None) for names in (TRAIN_NAMES, VAL_NAMES))
-        if beside := (folders | files) - {train, val} if train or val else set():
-            warn(f"{root}: left out what is neither {TRAIN_NAMES[0]}/ nor {VAL_NAMES[0]}/: {examples(beside)}")
+        if others := (folders | files) - {train, val} if train or val else set():
+            logger.warning(
+                "%s: left out what is neither %s/ nor %s/: %s", root, TRAIN_NAMES[0], VAL_NAMES[0], examples(others)
+            )
         self.num_classes: dict[int, Tensor | None] | None = None
         self._train = root / train if train and val else None
         folder = root / (val or train or "")
@@ -198,7 +218,7 @@ class AnyFolderImages(Photographs):
             self.num_classes = {1 + samples[-1][1]: None}
         self._rest, evaluated = ([], samples) if self._train else split(samples)
         self.calibration_source = str(self._train or f"the calibration share of {folder}")
-        super().__init__(evaluated, limit, pin_memory)
+        super().__init__(root, evaluated, limit, pin_memory)
 
     @cached_property
     def calibration_samples(self) -> Samples:
@@ -274,7 +294,7 @@ def _labelled(folder: Path) -> Samples:
             f"data folder {folder} holds {holds}, but labels need two or more; --no-labels takes images without labels"
         )
     if files:
-        warn(f"{folder}: left out files that lie in no class folder ({len(files)}): {examples(files)}")
+        logger.warning("%s: left out files that lie in no class folder (%d): %s", folder, len(files), examples(files))
     names = class_order(folders)
     samples = list_images(folder, {name: label for label, name in enumerate(names)})
     present = {label for _, label in samples}

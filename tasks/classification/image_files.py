@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import struct
 from collections.abc import Iterable
@@ -12,9 +13,9 @@ from PIL import Image
 from timm.utils.misc import natural_key
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
-from iasvit.benchmark.results import warn
 from iasvit.errors import IasvitError
 
+logger = logging.getLogger(__name__)
 Samples = list[tuple[str, int]]  # (path, label)
 
 EXTENSIONS = (*IMG_EXTENSIONS, ".gif")
@@ -47,12 +48,12 @@ def entries(folder: Path) -> tuple[set[str], set[str]]:
         what = "is a file" if folder.exists() else "does not exist"
         raise IasvitError(f"data folder {folder} {what}; --data-root names the folder that holds the images")
     try:
-        there = [entry for entry in os.scandir(folder) if visible(entry.name)]
+        found = [entry for entry in os.scandir(folder) if visible(entry.name)]
     except OSError as error:
         raise IasvitError(f"data folder {folder} cannot be read: {error.strerror or error}") from None
-    if not there:
+    if not found:
         raise IasvitError(f"data folder {folder} is empty; --data-root names the folder that holds the images")
-    return {entry.name for entry in there if entry.is_dir()}, {entry.name for entry in there if not entry.is_dir()}
+    return {entry.name for entry in found if entry.is_dir()}, {entry.name for entry in found if not entry.is_dir()}
 
 
 def list_images(folder: Path, classes: dict[str, int]) -> Samples:
@@ -78,7 +79,9 @@ def list_images(folder: Path, classes: dict[str, int]) -> Samples:
 
     samples = make_dataset(str(folder), classes, is_valid_file=is_image, allow_empty=True)
     if others:
-        warn(f"{folder}: left out files that are no images by their extension ({len(others)}): {examples(others)}")
+        logger.warning(
+            "%s: left out files that are no images by their extension (%d): %s", folder, len(others), examples(others)
+        )
     return sorted(samples, key=lambda sample: natural_key(sample[0]))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,10 +11,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from iasvit.benchmark.task import Metric
 from iasvit.errors import IasvitError
 
-CLASSIFICATION_METRICS = ("top1", "top1_se", "top5", "top5_se", "agreement", "cosine", "unreadable")
-UNLABELLED_METRICS = ("agreement", "cosine", "unreadable")  # those that need no labels
+CLASSIFICATION_METRICS = (
+    Metric("top1", primary=True, standard_error="top1_se"),
+    Metric("top1_se"),
+    Metric("top5", standard_error="top5_se"),
+    Metric("top5_se"),
+    Metric("agreement"),
+    Metric("cosine", digits=4),
+    Metric("unreadable", digits=0, higher_is_better=False, counts=True),
+)
+# Those that need no labels.
+UNLABELLED_METRICS = tuple(
+    dataclasses.replace(metric, primary=metric.name == "agreement")
+    for metric in CLASSIFICATION_METRICS
+    if metric.name in ("agreement", "cosine", "unreadable")
+)
 
 HALF_ABOVE = 20_000  # images; beyond, logits are kept as float16: 1000 classes of 50 000 images are 100 MB then
 _HALF_MAX = torch.finfo(torch.float16).max
@@ -21,7 +36,7 @@ _HALF_MAX = torch.finfo(torch.float16).max
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a network answers on a split, in host memory. n readable images, C classes.
+    """What a network puts out on a split, in host memory. n readable images, C classes.
 
     Attributes:
         logits: n×C, float32, or float16 for more than HALF_ABOVE images.
@@ -44,8 +59,8 @@ class Predictions:
     def collect(cls, batches: Iterable[tuple[Tensor, Tensor, Tensor]], total: int) -> Predictions:
         """Gather (logits B×C, labels B, positions B) batch by batch; `total` images were to be read.
 
-        Of classes with equal logits the one with the smaller index stands first, so that a network that answers the
-        same for every class gets no credit for it.
+        Of classes with equal logits the one with the smaller index stands first, so that a network that puts out
+        the same for every class gets no credit for it.
 
         Raises:
             IasvitError: NaN or Inf among the logits, or no image at all.

@@ -180,12 +180,12 @@ class MiniModels:
     """The mini zoo's models.
 
     Args:
-        hard: with a real ViT's channel spread (mini-hard).
         pretrained: the zoo's checkpoints; else random weights of RANDOM_SEED.
         checkpoint: weights from this file instead.
+        hard: with a real ViT's channel spread (mini-hard).
     """
 
-    def __init__(self, hard: bool = False, pretrained: bool = True, checkpoint: Path | None = None) -> None:
+    def __init__(self, pretrained: bool = True, checkpoint: Path | None = None, hard: bool = False) -> None:
         self._hard = hard
         self._pretrained = pretrained
         self._checkpoint = checkpoint
@@ -229,9 +229,7 @@ class MiniModels:
 
     def config(self, name: str) -> DataConfig:
         """See `Models`."""
-        from tasks.mini import zoo
-
-        return resolve_data_config(pretrained_cfg=zoo.build(name).pretrained_cfg)
+        return resolve_data_config(pretrained_cfg=self.architecture(name).pretrained_cfg)
 
     def weights(self, name: str) -> str:
         """See `Models`."""

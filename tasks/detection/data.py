@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -18,15 +20,16 @@ from typing import TYPE_CHECKING, Any, overload
 import torch
 from torch import Tensor
 
-from iasvit.benchmark.results import warn
 from iasvit.errors import IasvitError
-from tasks.classification.data import spread
+from tasks.classification.folders import spread
 from tasks.detection.mmdet_setup import prepare
+from tasks.fingerprint import file_sizes, fingerprint
 
 if TYPE_CHECKING:
     from mmdet.datasets import CocoDataset
     from mmdet.evaluation import CocoMetric
 
+logger = logging.getLogger(__name__)
 VAL, TRAIN = "val2017", "train2017"
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp")
 
@@ -44,6 +47,26 @@ class DetectorConfig:
     model: dict[str, Any]
     pipeline: list[dict[str, Any]]
     classes: tuple[str, ...]
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex digits that change when anything here does, but for where weights to start from lie.
+
+        Raises:
+            TypeError: it holds a value that is neither data nor a name.
+        """
+        return fingerprint([without_pretrained(self.model), self.pipeline, self.classes])
+
+
+def without_pretrained(config: Any) -> Any:
+    """A configuration without the weights files that its parts name: what is loaded comes from the task."""
+    if isinstance(config, dict):
+        return {
+            key: without_pretrained(value)
+            for key, value in config.items()
+            if not (key == "init_cfg" and isinstance(value, dict) and value.get("type") == "Pretrained")
+        }
+    return [without_pretrained(value) for value in config] if isinstance(config, (list, tuple)) else config
 
 
 def test_pipeline(width: int, height: int) -> list[dict[str, Any]]:
@@ -81,13 +104,21 @@ class CocoImages:
         images = sorted(content["images"], key=lambda image: image["id"])
         self._positions = spread(len(images), limit)
         self.image_ids = [images[position]["id"] for position in self._positions]
-        check_files(root / VAL, [images[position]["file_name"] for position in self._positions])
+        self._files = [images[position]["file_name"] for position in self._positions]
+        check_files(root / VAL, self._files)
         # mmdet takes images in the order of the file, which need not be that of their ids.
         order = {image["id"]: position for position, image in enumerate(content["images"])}
         self._positions = [order[image_id] for image_id in self.image_ids]
 
     def __len__(self) -> int:
         return len(self.image_ids)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hex digits of the annotations' content, and of names and sizes of the images evaluated and calibrated on."""
+        annotations = hashlib.sha256(self.annotation_file.read_bytes()).hexdigest()
+        evaluated = file_sizes((self.root / VAL / name for name in self._files), self.root)
+        return fingerprint([annotations, evaluated, file_sizes(self._calibration_files, self.root)])
 
     def prepare(self) -> None:
         """Do once what should not count as the first evaluation's time; nothing: images are read as needed."""
@@ -139,15 +170,17 @@ class CocoImages:
     def _calibration_files(self) -> list[Path]:
         folder = self.root / TRAIN
         if not folder.is_dir():
-            warn(f"{self.root} has no {TRAIN}/: calibration images are drawn from {VAL}/, the evaluation split")
+            logger.warning(
+                "%s has no %s/: calibration images are drawn from %s/, the evaluation split", self.root, TRAIN, VAL
+            )
             folder = self.root / VAL
         return sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
 
     def check_calibration(self, n: int) -> None:
         """Raise IasvitError where there are fewer than n calibration images."""
-        there = len(self._calibration_files)
-        if n > there:
-            raise IasvitError(f"--calib-size is {n}, but {self.root} has {there} images to calibrate on")
+        available = len(self._calibration_files)
+        if n > available:
+            raise IasvitError(f"--calib-size is {n}, but {self.root} has {available} images to calibrate on")
 
     def calibration_files(self, n: int, seed: int) -> list[Path]:
         """n image files, drawn by the seed, from the training images where there are some.
@@ -184,6 +217,14 @@ class MiniCocoImages(CocoImages):
         self._finalizer = weakref.finalize(self, shutil.rmtree, root, ignore_errors=True)
         detection.write(root, VAL, "val", detection.VAL_IMAGES)
         super().__init__(root, limit, workers=0)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """See `CocoImages`; of the scenes' version: the sizes of PNG files depend on the library that writes them."""
+        from tasks.mini import detection, scenes
+
+        drawn = {"size": detection.IMAGE_SIZE, "objects": detection.OBJECTS, "stride": detection.CALIBRATION_STRIDE}
+        return fingerprint({"scenes": scenes.VERSION, "val": self.image_ids, **drawn})
 
     def check_calibration(self, n: int) -> None:
         """See `CocoImages`."""
@@ -303,13 +344,13 @@ def read_annotations(path: Path) -> dict[str, list[dict[str, Any]]]:
 def check_files(folder: Path, names: Sequence[str]) -> None:
     """Raise IasvitError unless the folder holds files of all these names."""
     try:
-        there = set(os.listdir(folder))
+        found = set(os.listdir(folder))
     except OSError as error:
         raise IasvitError(
             f"image folder {folder} cannot be read ({error.strerror or error}); the annotated images are expected there"
         ) from None
     # A name may hold a folder, as in data sets merged from several.
-    missing = [name for name in names if name not in there and not (folder / name).is_file()]
+    missing = [name for name in names if name not in found and not (folder / name).is_file()]
     if missing:
         raise IasvitError(
             f"image folder {folder} lacks {len(missing)} of the {len(names)} images that the annotations list, such as "

@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from iasvit.errors import IasvitError
 from tasks.checkpoints import describe_file
@@ -201,6 +201,15 @@ class ConfigDetector(_Configured):
             )
 
 
+def predict_images(network: nn.Module, images: Tensor) -> Any:
+    """Boxes, labels, scores and masks of a detector for normalised images (B, 3, H, W), as mmdet's data samples."""
+    from mmdet.structures import DetDataSample
+
+    shape = tuple(images.shape[-2:])
+    meta = {"img_shape": shape, "ori_shape": shape, "batch_input_shape": shape, "scale_factor": (1.0, 1.0)}
+    return network(images, [DetDataSample(metainfo=meta) for _ in images], mode="predict")
+
+
 @cache
 def coco_classes() -> tuple[str, ...]:
     """Names of COCO's 80 classes, in mmdet's order."""
@@ -253,7 +262,15 @@ def read_config(path: Path, classes: tuple[str, ...]) -> DetectorConfig:
         Compose(readable(pipeline))
     except Exception as error:  # whatever the transforms named there raise
         raise IasvitError(f"configuration {path} has a test pipeline that cannot be used: {_reason(error)}") from None
-    return DetectorConfig(model.to_dict(), pipeline, classes)
+    resolved = DetectorConfig(model.to_dict(), pipeline, classes)
+    try:
+        _ = resolved.fingerprint
+    except TypeError as error:
+        raise IasvitError(
+            f"configuration {path} has a value that results cannot be told apart by: {error}; numbers, texts, lists, "
+            f"dictionaries, classes and functions can"
+        ) from None
+    return resolved
 
 
 def _reason(error: Exception) -> str:

@@ -114,9 +114,9 @@ def write(folder: Path, name: str, split: str, count: int, start: int = 0) -> Pa
         content["images"].append(image_entry(index, scene))
         content["annotations"] += object_entries(index, scene, first_id=len(content["annotations"]) + 1)
     path = folder / "annotations" / f"instances_{name}.json"
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    beside.write_text(json.dumps(content))
-    os.replace(beside, path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(content))
+    os.replace(temporary, path)
     return path
 
 

@@ -80,14 +80,14 @@ def harden(model: nn.Module, seed: int, images: Tensor | None = None) -> nn.Modu
     generator = np.random.Generator(np.random.PCG64(seed))
     spread, depth = read_spread(), len(blocks_of(model))
     _, ranges = observe(model, images)
-    for (block, site, norm, linear), has in zip(norm_linear_sites(hard), ranges, strict=True):
+    for (block, site, norm, linear), current in zip(norm_linear_sites(hard), ranges, strict=True):
         real = spread[site if site in spread else "norm2->fc1"]
-        wanted = draw_ratios(real[round(block * (len(real) - 1) / max(depth - 1, 1))], len(has), generator)
-        order = has.double().cpu().argsort(stable=True)
+        wanted = draw_ratios(real[round(block * (len(real) - 1) / max(depth - 1, 1))], len(current), generator)
+        order = current.double().cpu().argsort(stable=True)
         target = torch.empty_like(wanted)
-        target[order] = wanted * has.median().double().cpu()
+        target[order] = wanted * current.median().double().cpu()
         # A channel that hardly moves on these scenes would get a factor without bound.
-        factors = (target / has.double().cpu().clamp_min(1e-12)).clamp(1 / 64, 64).to(norm.weight)
+        factors = (target / current.double().cpu().clamp_min(1e-12)).clamp(1 / 64, 64).to(norm.weight)
         norm.weight.mul_(factors)
         norm.bias.mul_(factors)
         linear.weight.div_(factors)

@@ -19,6 +19,7 @@ from iasvit.errors import IasvitError
 from tasks.mini.shapes import REACH, SHAPES
 from tasks.mini.textures import TEXTURES, Dice, lattice, texture, upsample
 
+VERSION = 1  # raised whenever a scene changes: part of the data's fingerprint, and so of what a stored row is of
 CLASSES: tuple[str, ...] = tuple(SHAPES)
 
 # The Philox key's first word for each split. The second is the scene's index, so no two scenes share a stream.
@@ -144,8 +145,8 @@ class _Canvas:
         rows, columns = self._window(x, y, abs(cosine) * length + reach, abs(sine) * length + reach)
         across, down = self.centre[columns] - x, (self.centre[rows] - y)[:, None]
         along = np.maximum(np.abs(across * cosine + down * sine) - length, 0.0)
-        beside = across * sine - down * cosine
-        distance = np.sqrt(along * along + beside * beside)
+        sideways = across * sine - down * cosine
+        distance = np.sqrt(along * along + sideways * sideways)
         alpha = _clip01((width - distance) * (1.0 / softness) + 0.5)
         colour = self.contrasting(self.base, contrast)
         region = self.image[:, rows, columns]

@@ -126,12 +126,12 @@ def save(model: nn.Module, path: Path, metadata: dict[str, Any]) -> None:
     `metadata` is stored as one JSON text: several entries would come in an order that changes from run to run.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        save_file(as_stored(model), beside, {"training": json.dumps(metadata, sort_keys=True)})
-        os.replace(beside, path)
+        save_file(as_stored(model), temporary, {"training": json.dumps(metadata, sort_keys=True)})
+        os.replace(temporary, path)
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def checkpoint_path(name: str, folder: Path | None = None) -> Path:
@@ -150,9 +150,9 @@ def read_metadata(name: str, folder: Path | None = None) -> dict[str, Any]:
 
 def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     if not path.is_file():
-        there = ", ".join(sorted(file.stem for file in path.parent.glob("*.safetensors"))) or "none"
+        found = ", ".join(sorted(file.stem for file in path.parent.glob("*.safetensors"))) or "none"
         raise IasvitError(
-            f"checkpoint {path} does not exist; checkpoints there: {there}; "
+            f"checkpoint {path} does not exist; checkpoints there: {found}; "
             f"`python -m tasks.studies.train --backbone {path.stem}` makes it"
         )
     try:

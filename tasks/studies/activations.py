@@ -94,15 +94,15 @@ def write(rows: list[dict[str, object]], path: Path) -> None:
         with path.open(newline="") as file:
             older = [row for row in csv.DictReader(file) if row["model"] not in labels]
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with beside.open("w", newline="") as file:
+        with temporary.open("w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
             writer.writeheader()
             writer.writerows([*older, *rows])
-        os.replace(beside, path)
+        os.replace(temporary, path)
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -20,7 +20,8 @@ import iasvit
 from iasvit.cli import main
 from iasvit.methods import method_options
 from iasvit.spec import QuantSpec
-from tasks.coco import MINI, CocoTask, Data, make_task
+from tasks.coco import CocoTask
+from tasks.detection.setup import MINI, Data, make_setup
 from tasks.mini.scenes import CLASSES
 
 ENLARGED = 4  # pixels a side for one of the image's
@@ -70,7 +71,7 @@ def draw(
     out: Annotated[Path, typer.Option(help="PNG file.")] = Path("results/detections.png"),
 ) -> None:
     """Draw what a mini detector finds in a validation image, in full precision and quantized."""
-    task = make_task(Data.mini)
+    task = CocoTask(make_setup(Data.mini))
     spec = QuantSpec.parse(bits)
     networks = {"full precision": task.load_model(detector)}
     calibration = task.calibration(detector, MINI.calib_size, seed=0)

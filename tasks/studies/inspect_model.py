@@ -16,7 +16,9 @@ from iasvit.errors import IasvitError
 from iasvit.inspection import layer_errors, quantizer_table, with_same_names
 from iasvit.leaderboard.plots import inspection
 from iasvit.methods import method_options
-from tasks.imagenet import MINI, PAPER, Data, ImageNetTask, make_device, make_task
+from tasks.classification.setup import find_source, make_setup
+from tasks.command import at_least, make_device, print_warnings
+from tasks.imagenet import ImageNetTask
 
 app = make_app()
 
@@ -24,7 +26,7 @@ app = make_app()
 @app.command()
 def inspect(
     target: Annotated[str, typer.Argument(help="file of iasvit.save, or a backbone to quantize first")],
-    data: Annotated[Data, typer.Option(help="whose images")] = Data.mini,
+    data: Annotated[str, typer.Option(help="whose images")] = "mini",
     data_root: Annotated[Path | None, typer.Option(help="folder of images, imagenet or imagenette")] = None,
     pretrained: Annotated[bool, typer.Option(help="trained weights of a backbone, or random ones")] = True,
     bits: Annotated[str, typer.Option(help="of a backbone")] = "W4A4",
@@ -36,22 +38,24 @@ def inspect(
     out: Annotated[Path | None, typer.Option(help="folder for the table as CSV and the plot as SVG")] = None,
 ) -> None:
     """Print ranges, channel spread, attention tail, quantizer, bits and error of every layer."""
-    if images < 1:
-        raise IasvitError(f"--images is {images}, but 1 or more is expected")
-    where = make_device(device)
-    task = make_task(data, data_root, pretrained=pretrained, device=where, labels=data is not Data.folder)
+    print_warnings()
+    at_least("--images", images, 1)
+    task = ImageNetTask(
+        make_setup(
+            data, data_root, pretrained=pretrained, device=make_device(device), labels=not find_source(data).own_name
+        )
+    )
     path = Path(target)
     if path.suffix == ".safetensors" or path.is_file():
-        quantized = iasvit.load(path).to(where)
-        x = _images_for(task, quantized, images, seed).to(where)
+        quantized = iasvit.load(path).to(task.device)
+        x = _images_for(task, quantized, images, seed).to(task.device)
         table = quantizer_table(quantized, x)
         made = quantized.quantization
         title = f"{path.name}: {made.method} at {made.spec}"
     else:
         model = task.load_model(target)
-        x = task.calibration(target, images, seed).to(where)
-        profile = MINI if data.embedded else PAPER
-        options = {**profile.options(iasvit.QuantSpec.parse(bits)), "seed": seed}
+        x = task.calibration(target, images, seed).to(task.device)
+        options = {**find_source(data).profile.options(iasvit.QuantSpec.parse(bits)), "seed": seed}
         if iterations is not None:
             options["iterations"] = iterations
         known = method_options(method)
@@ -60,7 +64,7 @@ def inspect(
         errors = errors[errors["kind"] != "block"].rename(columns={"own": "output_error", "streamed": "error_streamed"})
         table = quantizer_table(quantized, x).merge(errors.drop(columns="kind"), how="left", on="layer")
         title = f"{target}: {method} at {bits}"
-    print(f"{title}, {images} images of {data.value}\n")
+    print(f"{title}, {images} images of {data}\n")
     print(table.to_string(index=False, float_format=lambda value: f"{value:.4g}", na_rep=""))
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)

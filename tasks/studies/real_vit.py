@@ -30,10 +30,10 @@ import typer
 from PIL import Image
 from safetensors.torch import save
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from iasvit.cli import main, make_app
 from iasvit.errors import IasvitError
+from iasvit.progress import Progress
 from tasks.checkpoints import describe_file, fill, read_checkpoint
 from tasks.command import at_least, make_device
 
@@ -117,25 +117,26 @@ def write(study: Study, out: Path, record: dict[str, str], jobs: int) -> None:
         study: what is written.
         out: not there yet, or empty.
         record: what the study was made of, for `finished`.
-        jobs: threads that write PNG files.
+        jobs: threads that write image files.
 
     Raises:
         IasvitError: it cannot be written.
     """
-    beside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
-        beside.mkdir(parents=True)
-        with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(study.calibration) + len(study.test)) as bar:
-            for images, paths in _batches(study, beside / "photographs"):
+        temporary.mkdir(parents=True)
+        progress, count = Progress("photographs", quiet=False), len(study.calibration) + len(study.test)
+        with ThreadPoolExecutor(jobs) as pool, progress.phase("writing", count) as bar:
+            for images, paths in _batches(study, temporary / "photographs"):
                 for _ in pool.map(_save, images, paths):
                     bar.update()
-        (beside / WEIGHTS).write_bytes(save({name: value.contiguous() for name, value in study.state.items()}))
-        (beside / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        os.replace(beside, out)
+        (temporary / WEIGHTS).write_bytes(save({name: value.contiguous() for name, value in study.state.items()}))
+        (temporary / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        os.replace(temporary, out)
     except OSError as error:
         raise IasvitError(f"--out {out} cannot be written: {error.strerror or error}") from None
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _batches(study: Study, root: Path) -> Iterator[tuple[np.ndarray, list[Path]]]:
@@ -143,17 +144,18 @@ def _batches(study: Study, root: Path) -> Iterator[tuple[np.ndarray, list[Path]]
     folders = [root / "val" / name for name in CLASSES]
     for folder in (calibration := root / "train" / "unlabelled", *folders):
         folder.mkdir(parents=True)
-    for images, where in (
+    for images, targets in (
         (study.calibration, [calibration] * len(study.calibration)),
         (study.test, [folders[label] for label in study.labels.tolist()]),
     ):
-        paths = [folder / f"{i:05}.png" for i, folder in enumerate(where)]
+        paths = [folder / f"{i:05}.bmp" for i, folder in enumerate(targets)]
         for start in range(0, len(images), BATCH):
             yield enlarge(images[start : start + BATCH]).numpy(), paths[start : start + BATCH]
 
 
 def _save(image: np.ndarray, path: Path) -> None:
-    Image.fromarray(image).save(path, compress_level=1)
+    """As BMP: a compressed file's size, which is part of the data's fingerprint, depends on the library."""
+    Image.fromarray(image).save(path)
 
 
 def finished(out: Path, record: dict[str, str]) -> bool:

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from iasvit.errors import IasvitError
+from iasvit.progress import Progress
 from tasks.checkpoints import fill
 from tasks.classification.data import normalise
 from tasks.classification.models import TimmModels
@@ -113,11 +113,13 @@ def train_head(network: nn.Module, images: Tensor, labels: Tensor) -> None:
         labels: int64 n.
     """
     config, device = TimmModels(pretrained=False).config(BACKBONE), next(network.parameters()).device
-    with torch.inference_mode():
-        batches = tqdm(images.split(BATCH), desc="features")
-        x = [normalise(enlarge(batch), config).to(device) for batch in batches]
-        x = [network.forward_head(network.forward_features(batch), pre_logits=True) for batch in x]
-    x, y = torch.cat(x).double().clone(), labels.to(device)
+    features = []
+    with torch.inference_mode(), Progress("head", quiet=False).phase("features", len(images)) as bar:
+        for batch in images.split(BATCH):
+            x = normalise(enlarge(batch), config).to(device)
+            features.append(network.forward_head(network.forward_features(x), pre_logits=True))
+            bar.update(len(batch))
+    x, y = torch.cat(features).double().clone(), labels.to(device)
     weight = torch.zeros(len(CLASSES), x.shape[1], dtype=torch.double, device=device, requires_grad=True)
     bias = torch.zeros(len(CLASSES), dtype=torch.double, device=device, requires_grad=True)
     optimizer = torch.optim.LBFGS([weight, bias], max_iter=STEPS, line_search_fn="strong_wolfe")

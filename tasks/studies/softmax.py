@@ -27,8 +27,9 @@ from iasvit.nn import quantizers_of
 from iasvit.progress import Progress
 from iasvit.quantizers import SOFTMAX_QUANTIZERS, Quantizer, UniformQuantizer
 from iasvit.spec import QuantSpec
-from tasks.command import at_least, check_models, make_device, unique
-from tasks.imagenet import MINI, PAPER, Data, make_task
+from tasks.classification.setup import find_source, make_setup
+from tasks.command import at_least, check_models, make_device, print_warnings, unique
+from tasks.imagenet import ImageNetTask
 
 METRICS = ("top1", "agreement", "cosine")
 NOISE = "noise"
@@ -96,7 +97,7 @@ def softmax(
         list[str] | None, typer.Option(help="Repeatable. [default: as tasks/imagenet.py]", show_default=False)
     ] = None,
     n_bits: Annotated[list[int], typer.Option(help="Repeatable.")] = [3, 4, 6],  # noqa: B006
-    data: Annotated[Data, typer.Option(help="As tasks/imagenet.py.")] = Data.mini,
+    data: Annotated[str, typer.Option(help="As tasks/imagenet.py.")] = "mini",
     data_root: Annotated[Path | None, typer.Option(help="As tasks/imagenet.py.", show_default=False)] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="As tasks/imagenet.py.", show_default=False)] = None,
     calib_size: Annotated[int, typer.Option(help="Calibration images.")] = 32,
@@ -105,9 +106,10 @@ def softmax(
     out: Annotated[Path, typer.Option(help="CSV file, written anew.")] = Path("results/softmax.csv"),
 ) -> None:
     """A row (model, quantizer, n_bits, images, top1, agreement, cosine) for each quantizer."""
+    print_warnings()
     at_least("--calib-size", calib_size, 1)
-    names = unique(backbone or (MINI if data.embedded else PAPER).backbones)
-    task = make_task(data, data_root, checkpoint=checkpoint, device=make_device(device), limit=limit)
+    names = unique(backbone or find_source(data).profile.models)
+    task = ImageNetTask(make_setup(data, data_root, checkpoint=checkpoint, device=make_device(device), limit=limit))
     check_models(task.models, names, [QuantSpec(bits, bits) for bits in n_bits])
     task.images.check_calibration(calib_size)
     rows = []
@@ -125,15 +127,15 @@ def softmax(
         add("full precision", None, model)
         for kind, bits in variants(unique(n_bits)):
             add(kind, None if kind == NOISE else bits, with_softmax_quantizer(model, images, kind, bits))
-    beside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        pd.DataFrame(rows).astype({"n_bits": "Int64"}).to_csv(beside, index=False)
-        os.replace(beside, out)
+        pd.DataFrame(rows).astype({"n_bits": "Int64"}).to_csv(temporary, index=False)
+        os.replace(temporary, out)
     except OSError as error:
         raise IasvitError(f"--out {out} cannot be written: {error.strerror or error}") from None
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -73,8 +73,7 @@ def classifier(name: str, calib_size: int, batch_size: int, device: torch.device
 
 def detector_of_coco(name: str, calib_size: int, device: torch.device) -> Subject:
     """A detector of the COCO task, from its images to boxes and masks; one image a batch, as it is evaluated."""
-    from tasks.coco import predict_images
-    from tasks.detection.models import PublishedDetectors
+    from tasks.detection.models import PublishedDetectors, predict_images
 
     model = PublishedDetectors(pretrained=False).load(name).to(device)
     images = [torch.randn(1, *DETECTOR_IMAGE, device=device) for _ in range(calib_size)]
@@ -124,26 +123,26 @@ def benchmark(
     out: Annotated[Path, typer.Option(help="CSV file to append to")] = Path("results/benchmarks/quantize.csv"),
 ) -> None:
     """Time calibration, reconstruction and evaluation of full-size models."""
-    where = torch.device(device)
+    on = torch.device(device)
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
     if not backbone and not detector:
         raise IasvitError("nothing to measure; name a timm model by --backbone, or a detector by --detector")
     for name in [*(backbone or []), *(detector or [])]:
         torch.manual_seed(0)
         if name in (backbone or []):
-            subject = classifier(name, calib_size, batch_size, where)
+            subject = classifier(name, calib_size, batch_size, on)
         else:
-            subject = detector_of_coco(name, calib_size, where)
+            subject = detector_of_coco(name, calib_size, on)
         full = images_per_second(subject.model, subject, repeats)
         for method_name in method:
             known = set(method_options(method_name))
             options = {"iterations": iterations, "batch_size": batch_size, "autocast": autocast, "compile": compiled}
             options = {key: value for key, value in options.items() if key in known}
-            memory = PeakMemory(where)
+            memory = PeakMemory(on)
             progress = Progress(f"{name} {method_name}", quiet=False)
             start = time.perf_counter()
             quantized = iasvit.quantize(subject.model, subject.images, bits, method_name, progress=progress, **options)
-            synchronize(where)
+            synchronize(on)
             seconds = time.perf_counter() - start
             peak = memory.mib()
             row = {
@@ -159,7 +158,7 @@ def benchmark(
                 "peak_memory_MiB": round(peak, 1),
                 "fp32_images_per_second": round(full, 3),
                 "quantized_images_per_second": round(images_per_second(quantized, subject, repeats), 3),
-                "device": device_name(where),
+                "device": device_name(on),
                 "versions": f"python {platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}",
             }
             append(out, row)
@@ -187,11 +186,11 @@ class _Profiled(IASViT):
         if stage != 3 or job.index != self.block:
             return
         super().optimize_stage(job, stage, iterations)  # whatever is made at first is made now
-        where = [torch.profiler.ProfilerActivity.CPU]
+        activities = [torch.profiler.ProfilerActivity.CPU]
         on_gpu = job.inputs_q.device.type == "cuda"
         if on_gpu:
-            where.append(torch.profiler.ProfilerActivity.CUDA)
-        with torch.profiler.profile(activities=where) as profiler:
+            activities.append(torch.profiler.ProfilerActivity.CUDA)
+        with torch.profiler.profile(activities=activities) as profiler:
             super().optimize_stage(job, stage, iterations)
             synchronize(job.inputs_q.device)
         for event in profiler.key_averages():

@@ -327,12 +327,12 @@ class Trainer:
             "origin": self.origin,
         }
         self.run.out.mkdir(parents=True, exist_ok=True)
-        beside = self.run.state_path.with_name(f".{self.run.state_path.name}.{os.getpid()}.tmp")
+        temporary = self.run.state_path.with_name(f".{self.run.state_path.name}.{os.getpid()}.tmp")
         try:
-            torch.save(state, beside)
-            os.replace(beside, self.run.state_path)
+            torch.save(state, temporary)
+            os.replace(temporary, self.run.state_path)
         finally:
-            beside.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
 
     def finish(self, final: bool) -> dict[str, float]:
         """Round the weights as the checkpoint does, measure them, and write checkpoint and log line."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import ast
-import subprocess
-import sys
+import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import commands
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -15,19 +16,21 @@ from safetensors.torch import save_file
 pytest.importorskip("mmdet", reason="the coco extra is not installed")
 
 from iasvit.benchmark.results import ResultStore
-from iasvit.cli import main
 from iasvit.errors import IasvitError
 from iasvit.methods import list_methods
 from iasvit.models import insert_quantizers
 from iasvit.nn import quant_layers
 from iasvit.progress import Progress
 from iasvit.quantizers import UniformQuantizer
-from tasks.coco import METRICS, PAPER, Backbone, Data, Scope, app, make_task, model_names, scoped
+from tasks.coco import CocoTask, app
 from tasks.command import make_cells
-from tasks.detection import checkpoints, data, models, runner
+from tasks.detection import checkpoints, data, models, ops, runner
+from tasks.detection.data import CocoImages, MiniCocoImages
 from tasks.detection.models import ConfigDetector, MiniDetectors, PublishedDetectors, coco_classes
-from tasks.mini import detection, detectors, zoo
+from tasks.detection.setup import PAPER, Backbone, Data, Scope, make_setup, model_names, scoped
+from tasks.mini import detection, detectors, scenes, zoo
 
+METRICS = [metric.name for metric in CocoTask.metrics]
 ROOT = Path(__file__).parents[2]
 
 
@@ -272,20 +275,20 @@ def test_a_configuration_needs_weights(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("few_images")
 def test_the_task_evaluates_what_it_loads() -> None:
-    task = make_task(Data.mini, pretrained=False, limit=2)
+    task = CocoTask(make_setup(Data.mini, pretrained=False, limit=2))
     assert task.split_size == 2
     network = task.load_model("mask_rcnn_swin_t")
     assert not network.training
     images = task.calibration("mask_rcnn_swin_t", 2, seed=0)
     assert images.shape == (2, 3, 128, 128)
     assert len(task.forward(network, images)) == 2
-    predictions = task.predict("mask_rcnn_swin_t", network, Progress())
-    assert tuple(task.score(predictions, predictions)) == METRICS
-    assert task.primary == ("bbox_mAP", "segm_mAP")
+    outputs = task.predict("mask_rcnn_swin_t", network, Progress())
+    assert set(task.score(outputs, outputs)) == set(METRICS)
+    assert [metric.name for metric in task.scored if metric.primary] == ["bbox_mAP", "segm_mAP"]
 
 
 def test_a_model_of_other_classes_than_the_data_is_refused(coco_root: Path) -> None:
-    task = make_task(Data.coco, coco_root, pretrained=False)
+    task = CocoTask(make_setup(Data.coco, coco_root, pretrained=False))
     with pytest.raises(IasvitError, match="no category 'person'"):
         task.load_model("mask_rcnn_swin_t")
 
@@ -293,21 +296,8 @@ def test_a_model_of_other_classes_than_the_data_is_refused(coco_root: Path) -> N
 # ---- the command -----------------------------------------------------------------------------------------------------
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *args: object) -> int:
-    """Run the command in this process; its exit status."""
-    monkeypatch.setattr(sys, "argv", ["coco.py", *map(str, args)])
-    with pytest.raises(SystemExit) as status:
-        main(app)
-    return int(status.value.code or 0)
-
-
-def complaint(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *args: object) -> str:
-    """The one sentence that the command prints to bad input."""
-    assert run(monkeypatch, *args) == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("warning:")]
-    assert len(lines) == 1, lines
-    assert lines[0].startswith("error: ")
-    return lines[0]
+run = partial(commands.run, app)
+complaint = partial(commands.complaint, app)
 
 
 @pytest.mark.usefixtures("few_images")
@@ -359,23 +349,13 @@ def test_bad_data_folders(
     assert "no category 'person'" in says()  # found; of other categories
 
 
-def test_without_the_extra_the_command_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a process of its own, in which mmdet cannot be found."""
-    code = (
-        "import sys, importlib.util as u\n"
-        "find = u.find_spec\n"
-        "u.find_spec = lambda name, *a: None if name in ('mmdet', 'mmengine', 'mmcv') else find(name, *a)\n"
-        "sys.argv = ['coco.py']\n"
-        "from iasvit.cli import main\n"
-        "from tasks.coco import app\n"
-        "assert not {'mmdet', 'mmengine', 'mmcv'} & set(sys.modules)\n"
-        "main(app)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.count("\n") == 1
-    assert "is not installed: pip install" in done.stderr
-    assert "coco" in done.stderr
+def test_without_the_extra_the_command_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ops, "find_spec", lambda name: None)
+    sentence = complaint(monkeypatch, capsys)
+    assert "is not installed: pip install" in sentence
+    assert "coco" in sentence
 
 
 @pytest.mark.usefixtures("few_images")
@@ -414,16 +394,74 @@ def test_a_run_prints_its_table_and_where_the_rows_are(
     assert "stored already" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", [["tasks/coco.py"], ["-m", "iasvit.cli", "run", "coco"]])
-def test_help_names_the_options(command: list[str]) -> None:
-    done = subprocess.run([sys.executable, *command, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    for option in ("--backbone", "--detector", "--scope", "--config", "--checkpoint", "--bits", "--method", "--limit"):
-        assert option in done.stdout
+def test_help_names_the_options(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert commands.run_script(ROOT / "tasks" / "coco.py", monkeypatch, "--help") == 0
+    script = capsys.readouterr().out
+    assert commands.run(None, monkeypatch, "run", "coco", "--help") == 0
+    for out in (script, capsys.readouterr().out):
+        for option in (
+            "--backbone",
+            "--detector",
+            "--scope",
+            "--config",
+            "--checkpoint",
+            "--bits",
+            "--limit",
+            "--save",
+        ):
+            assert option in out
+
+
+# ---- fingerprints ----------------------------------------------------------------------------------------------------
+
+
+def test_the_fingerprint_is_of_annotations_and_files(coco_root: Path, tmp_path: Path) -> None:
+    first = CocoImages(coco_root).fingerprint
+    assert len(first) == 16
+    root = coco_root.rename(tmp_path / "moved")
+    assert CocoImages(root).fingerprint == first  # wherever the folder lies
+    assert CocoImages(root, limit=2).fingerprint != first
+    for part in ("val2017", "train2017"):
+        before = CocoImages(root).fingerprint
+        path = next((root / part).iterdir())
+        path.write_bytes(path.read_bytes() + b" ")
+        assert CocoImages(root).fingerprint != before
+    path = root / "annotations" / "instances_val2017.json"
+    content, before = json.loads(path.read_text()), CocoImages(root).fingerprint
+    content["annotations"][0]["bbox"][0] += 1
+    path.write_text(json.dumps(content))
+    assert CocoImages(root).fingerprint != before
+
+
+@pytest.mark.usefixtures("few_images")
+def test_the_fingerprint_of_mini_is_of_the_scenes_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = MiniCocoImages().fingerprint
+    assert MiniCocoImages().fingerprint == first != MiniCocoImages(3).fingerprint
+    monkeypatch.setattr(scenes, "VERSION", scenes.VERSION + 1)
+    assert MiniCocoImages().fingerprint != first
+
+
+def test_a_threshold_is_part_of_the_configuration_and_a_path_is_not(tmp_path: Path) -> None:
+    def of(more: str = "", folder: str = "") -> str:
+        (tmp_path / folder).mkdir(exist_ok=True)
+        path = write_config(tmp_path / folder, more=more)
+        return ConfigDetector(path, ("x", "y"), pretrained=False).config("mine").fingerprint
+
+    assert of() == of(folder="elsewhere")
+    assert of("model['test_cfg'] = dict(rcnn=dict(score_thr=0.1))") != of(
+        "model['test_cfg'] = dict(rcnn=dict(score_thr=0.2))"
+    )
+    weights = "model['backbone']['init_cfg'] = dict(type='Pretrained', checkpoint='somewhere.pth')"
+    assert of(weights) == of()
+    assert of("model['backbone'].update(depths=(1, 2), embed_dims=3)") == of(
+        "model['backbone'].update(embed_dims=3, depths=[1, 2])"
+    )
+    with pytest.raises(IasvitError, match=r"mine\.py has a value that results cannot be told apart by: a complex"):
+        of("model['odd'] = 1j")
 
 
 def test_modules_import_without_mmdet() -> None:
     """All but the one that is imported where it is needed."""
-    assert runner.METRICS == METRICS
+    assert set(runner.METRICS) == set(METRICS)
     for module in (data, models, checkpoints):
         assert not hasattr(module, "mmdet")

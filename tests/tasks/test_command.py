@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
 from iasvit.errors import IasvitError
 from iasvit.spec import QuantSpec
-from tasks.command import make_cells, parse_options
-
-
-class Plain:
-    """A profile of no options."""
-
-    def options(self, spec: QuantSpec) -> dict[str, Any]:
-        return {}
+from tasks.command import Profile, make_cells, parse_options
 
 
 def test_values_are_numbers_truth_values_or_text() -> None:
@@ -35,6 +26,9 @@ def test_what_is_no_option_is_said(text: str) -> None:
 def test_an_unknown_option_is_named() -> None:
     specs = [QuantSpec.parse("W4A4")]
     with pytest.raises(IasvitError, match="--no-such is no option of ias_vit, rtn"):
-        make_cells(["m"], specs, ["ias_vit", "rtn"], [0], 4, Plain(), parse_options(["no_such=1"]))
-    cells = make_cells(["m"], specs, ["ias_vit", "rtn"], [0], 4, Plain(), parse_options(["autocast=true"]))
-    assert [cell.options for cell in cells] == [(("autocast", True),), ()]
+        make_cells(["m"], specs, ["ias_vit", "rtn"], [0], 4, Profile(), parse_options(["no_such=1"]))
+    cells = make_cells(
+        ["m"], specs, ["ias_vit", "rtn"], [0], 4, Profile(iterations=9), parse_options(["autocast=true"])
+    )
+    assert [dict(cell.options).get("autocast") for cell in cells] == [True, None]
+    assert [dict(cell.options).get("iterations") for cell in cells] == [9, None]

@@ -25,10 +25,9 @@ from pycocotools.cocoeval import COCOeval
 
 from iasvit.errors import IasvitError
 from iasvit.progress import Progress
-from tasks.coco import METRICS
 from tasks.detection.data import CalibrationImages, CocoImages, DetectorConfig, MiniCocoImages, readable, test_pipeline
 from tasks.detection.models import coco_classes
-from tasks.detection.runner import evaluate
+from tasks.detection.runner import METRICS, evaluate
 from tasks.mini import detection
 
 pipeline = test_pipeline  # pytest would take the name for a test's
@@ -148,11 +147,11 @@ def test_the_seed_chooses_calibration_images(root: Path) -> None:
 
 
 def test_without_training_images_the_split_itself_is_used_and_it_is_said(
-    tmp_path: Path, data: dict[str, Any], capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, data: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     files = CocoImages(write(tmp_path, data, ("val2017",))).calibration_files(2, 0)
     assert {file.parent.name for file in files} == {"val2017"}
-    assert "no train2017/" in capsys.readouterr().err
+    assert "no train2017/" in caplog.text
 
 
 def test_mini_coco_is_drawn_and_goes_with_its_object(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import commands
@@ -10,8 +11,11 @@ import pytest
 from iasvit.benchmark.harness import Cell, run_cells
 from iasvit.benchmark.results import ResultStore, Row
 from iasvit.benchmark.task import Task
-from tasks import coco, imagenet
+from tasks.classification import setup as classification
+from tasks.coco import CocoTask
+from tasks.detection import setup as detection
 from tasks.evaluate import app
+from tasks.imagenet import ImageNetTask
 
 
 def saved(task: Task, model: str, folder: Path) -> Row:
@@ -21,21 +25,29 @@ def saved(task: Task, model: str, folder: Path) -> Row:
     return row
 
 
+def images(limit: int) -> Task:
+    return ImageNetTask(classification.make_setup("mini", limit=limit))
+
+
+def detection_images(limit: int) -> Task:
+    return CocoTask(detection.make_setup(detection.Data.mini, limit=limit))
+
+
 @pytest.mark.parametrize(
-    ("kind", "model", "metric"), [("imagenet", "deit_t", "top1"), ("coco", "mask_rcnn_swin_t", "bbox_mAP")]
+    ("make", "model", "metric"),
+    [(images, "deit_t", "top1"), (detection_images, "mask_rcnn_swin_t", "bbox_mAP")],
 )
 def test_a_saved_model_scores_what_its_row_says(
-    kind: str,
+    make: Callable[[int], Task],
     model: str,
     metric: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    module = {"imagenet": imagenet, "coco": coco}[kind]
-    task = module.make_task(module.Data.mini, limit=6)
+    task = make(6)
     row = saved(task, model, tmp_path)
-    args = (row["model_file"], "--model", model, "--task", kind, "--limit", 6, "--device", "cpu")
+    args = (row["model_file"], "--model", model, "--task", task.name, "--limit", 6, "--device", "cpu")
     assert commands.run(app, monkeypatch, *args) == 0
     digits = next(each.digits for each in task.metrics if each.name == metric)
     expected = f"| {metric} | {row[metric]:.{digits}f} | {row[f'fp_{metric}']:.{digits}f} |"
@@ -48,7 +60,8 @@ def test_bad_input_is_one_sentence(
     def complaint(*args: object) -> str:
         return commands.complaint(app, monkeypatch, capsys, *args)
 
-    file = saved(imagenet.make_task(imagenet.Data.mini, limit=4), "deit_t", tmp_path)["model_file"]
+    file = saved(images(4), "deit_t", tmp_path)["model_file"]
     assert "another architecture than swin_t" in complaint(file, "--model", "swin_t", "--limit", 4)
     assert "does not exist" in complaint(tmp_path / "none", "--model", "deit_t", "--limit", 4)
-    assert "--data is 'moon', but task imagenet knows mini" in complaint(file, "--model", "deit_t", "--data", "moon")
+    for task in ("imagenet", "coco"):
+        assert "--data moon" in complaint(file, "--task", task, "--model", "deit_t", "--data", "moon")

@@ -17,7 +17,8 @@ from iasvit.benchmark.results import ResultStore, read_rows
 from iasvit.leaderboard.aggregate import measured_documents
 from tasks.classification.folders import AnyFolderImages, class_order, folder_dataset, split
 from tasks.classification.models import TimmModels
-from tasks.imagenet import RESERVED, Data, app, make_task
+from tasks.classification.setup import make_setup, reserved_names
+from tasks.imagenet import ImageNetTask, app
 
 SAMPLE = Path(__file__).parents[3] / "shared" / "imagenet-sample"
 MODEL = "test_vit"  # timm's own for tests: 160 pixels, patches of 16
@@ -107,7 +108,7 @@ def test_the_split_does_not_move_with_other_classes_or_the_global_seed() -> None
     assert first[0] != samples[:10]  # drawn, not the first
 
 
-def test_what_lies_beside_is_counted(fill: Fill, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_lies_beside_is_counted(fill: Fill, caplog: pytest.LogCaptureFixture) -> None:
     root = fill("val/a", 1)
     fill("val/b", 1)
     fill("val", 2)
@@ -116,17 +117,17 @@ def test_what_lies_beside_is_counted(fill: Fill, capsys: pytest.CaptureFixture[s
     (root / "val" / ".cache").mkdir()
     images = AnyFolderImages(root)
     assert len(images) == 2
-    assert capsys.readouterr().err.splitlines() == [
-        f"warning: {root}: left out what is neither train/ nor val/: test",
-        f"warning: {root / 'val'}: left out files that lie in no class folder (2): 0.png, 1.png",
-        f"warning: {root / 'val'}: left out files that are no images by their extension (1): notes.txt",
+    assert caplog.messages == [
+        f"{root}: left out what is neither train/ nor val/: test",
+        f"{root / 'val'}: left out files that lie in no class folder (2): 0.png, 1.png",
+        f"{root / 'val'}: left out files that are no images by their extension (1): notes.txt",
     ]
 
 
 def test_imagenet_takes_all_formats_too(fill: Fill) -> None:
     for suffix in ("webp", "bmp", "tiff", "gif", "png"):
         root = fill("val/n01440764", 1, suffix)
-    assert make_task(Data.imagenet, root, pretrained=False).split_size == 5
+    assert ImageNetTask(make_setup("imagenet", root, pretrained=False)).split_size == 5
 
 
 # ---- names ---------------------------------------------------------------------------------------------------------
@@ -135,9 +136,9 @@ def test_imagenet_takes_all_formats_too(fill: Fill) -> None:
 def test_the_data_set_is_named_by_the_folder_or_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "My Photos (2024)").mkdir()
     monkeypatch.chdir(tmp_path / "My Photos (2024)")
-    assert folder_dataset(Path("."), None, True, RESERVED) == "my-photos-2024"
-    assert folder_dataset(Path("."), "cifar10-224", True, RESERVED) == "cifar10-224"
-    assert folder_dataset(Path("."), "cifar10-224", False, RESERVED) == "cifar10-224-unlabelled"
+    assert folder_dataset(Path("."), None, True, reserved_names()) == "my-photos-2024"
+    assert folder_dataset(Path("."), "cifar10-224", True, reserved_names()) == "cifar10-224"
+    assert folder_dataset(Path("."), "cifar10-224", False, reserved_names()) == "cifar10-224-unlabelled"
 
 
 @pytest.mark.parametrize(
@@ -156,7 +157,7 @@ def test_names_that_a_folder_cannot_have(
     root = fill("a", 2)
     sentence = complaint(monkeypatch, capsys, "--data", "folder", "--data-root", root, f"--data-name={name}")
     assert expected in sentence, sentence
-    if name in RESERVED:  # the folder's own name is no better
+    if name in reserved_names():  # the folder's own name is no better
         root = root.rename(root.with_name(name))
         assert expected in complaint(monkeypatch, capsys, "--data", "folder", "--data-root", root)
 
@@ -289,19 +290,19 @@ def test_runs_with_and_without_labels_are_told_apart(
 def test_without_labels_any_tree_and_any_number_of_classes_will_do(fill: Fill) -> None:
     root = fill("", 7)
     fill("deep/deeper", 3)
-    task = make_task(Data.folder, root, pretrained=False, labels=False)
+    task = ImageNetTask(make_setup("folder", root, pretrained=False, labels=False))
     assert (task.split_size, len(task.images.calibration_samples)) == (8, 2)
-    assert task.primary[0].name == "agreement"
+    assert [metric.name for metric in task.scored if metric.primary] == ["agreement"]
     task.check_classes(MODEL, task.load_model(MODEL))
     fill("train", 4)
     fill("val", 2)
-    task = make_task(Data.folder, root, pretrained=False, labels=False)
+    task = ImageNetTask(make_setup("folder", root, pretrained=False, labels=False))
     assert (task.split_size, len(task.images.calibration_samples)) == (2, 4)
 
 
 @pytest.mark.skipif(not SAMPLE.is_dir(), reason="the sample of real ImageNet photographs is not beside the repository")
 def test_the_sample_as_a_folder() -> None:
-    task = make_task(Data.folder, SAMPLE, pretrained=False, limit=10)
+    task = ImageNetTask(make_setup("folder", SAMPLE, pretrained=False, limit=10))
     assert (task.data.name, task.images.num_classes) == ("imagenet-sample", {800: None})
     assert len(task.images.calibration_samples) == 200
     assert task.images.evaluated[-1][1] == 799

@@ -144,7 +144,7 @@ def test_what_cannot_be_read_right_is_an_error(tmp_path: Path, case: str) -> Non
 
 
 def test_images_are_listed_in_natural_order_and_others_counted(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     names = [f"{i}{extension}" for i, extension in enumerate(EXTENSIONS)] + ["10.JPG", "deep/deeper/11.png"]
     for name in [*names, "notes.txt", "b.csv", "c.npy", "d.pdf", ".DS_Store", "Thumbs.db", "._0.jpg", ".git/e.png"]:
@@ -156,5 +156,5 @@ def test_images_are_listed_in_natural_order_and_others_counted(
     expected = sorted((str(tmp_path / "cat" / name) for name in names), key=natural_key)
     assert samples == [(path, 3) for path in expected]
     what = "files that are no images by their extension (4): b.csv, c.npy, d.pdf and 1 more"
-    assert capsys.readouterr().err == f"warning: {tmp_path}: left out {what}\n"
+    assert caplog.messages == [f"{tmp_path}: left out {what}"]
     assert len(list_images(tmp_path, {"": 0})) == len(names) + 1

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 import urllib.error
 from collections.abc import Callable
 from functools import partial
@@ -21,6 +19,7 @@ from torch import Tensor, nn
 
 from iasvit.benchmark.harness import Cell
 from iasvit.benchmark.results import ResultStore
+from iasvit.benchmark.task import DataSet
 from iasvit.errors import IasvitError
 from iasvit.progress import Progress
 from iasvit.spec import QuantSpec
@@ -37,7 +36,9 @@ from tasks.classification.data import (
 )
 from tasks.classification.metrics import Predictions, classification_scores
 from tasks.classification.models import PAPER_BACKBONES, MiniModels, TimmModels
-from tasks.imagenet import MINI, PAPER, Data, ImageNetTask, app, make_cells, make_task
+from tasks.classification.setup import MINI, PAPER, Setup, make_setup
+from tasks.command import make_cells
+from tasks.imagenet import ImageNetTask, app
 from tasks.mini import scenes, zoo
 
 ROOT = Path(__file__).parents[2]
@@ -108,7 +109,7 @@ class StubModels:
 
 
 def stub_task(images: Images, network: nn.Module | None = None) -> ImageNetTask:
-    return ImageNetTask("imagenet", images, StubModels(network or ColourNetwork()), torch.device("cpu"))
+    return ImageNetTask(Setup(DataSet("imagenet"), images, StubModels(network or ColourNetwork()), torch.device("cpu")))
 
 
 def labels_of(images: FolderImages) -> list[int]:
@@ -126,11 +127,11 @@ def test_a_partial_imagenet_is_labelled_by_wordnet_id(tree: Path) -> None:
     assert scores["top1"] == 100
 
 
-def test_an_unknown_folder_is_left_out_and_named(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_folder_is_left_out_and_named(tree: Path, caplog: pytest.LogCaptureFixture) -> None:
     save_image(tree / "val" / "n00000000" / "a.JPEG", (0, 0, 0))
     save_image(tree / "val" / "a_cat" / "a.JPEG", (0, 0, 0))
     assert sorted(set(labels_of(FolderImages(tree)))) == [0, 497, 999]
-    assert "a_cat, n00000000" in capsys.readouterr().err
+    assert "a_cat, n00000000" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["val", "validation", ""])
@@ -175,17 +176,15 @@ def test_all_calibration_images_are_drawn_once(tree: Path) -> None:
     assert torch.bincount(drawn).tolist() == [4, 4, 4]
 
 
-def test_without_train_calibration_comes_from_val_and_says_so(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_train_calibration_comes_from_val_and_says_so(tree: Path, caplog: pytest.LogCaptureFixture) -> None:
     images = FolderImages(tree / "val")
     assert images.calibration(CONFIG, 9, 0).shape[0] == 9
-    assert "evaluation split" in capsys.readouterr().err
+    assert "evaluation split" in caplog.text
     with pytest.raises(IasvitError, match=r"10, but .* has 9 images"):
         images.calibration(CONFIG, 10, 0)
 
 
-def test_an_unreadable_calibration_image_is_replaced_by_the_next(
-    tree: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_unreadable_calibration_image_is_replaced_by_the_next(tree: Path, caplog: pytest.LogCaptureFixture) -> None:
     whole = FolderImages(tree).calibration(CONFIG, 12, 5)
     # Whichever image comes first of seed 5's draw: damage it.
     order = torch.randperm(12, generator=torch.Generator().manual_seed(5)).tolist()
@@ -193,7 +192,7 @@ def test_an_unreadable_calibration_image_is_replaced_by_the_next(
     damage(first)
     images = FolderImages(tree)
     assert torch.equal(images.calibration(CONFIG, 11, 5), whole[1:])
-    assert str(first) in capsys.readouterr().err
+    assert str(first) in caplog.text
     with pytest.raises(IasvitError, match=r"of the 12 images in .* only 11 can be read"):
         images.calibration(CONFIG, 12, 5)
 
@@ -201,19 +200,19 @@ def test_an_unreadable_calibration_image_is_replaced_by_the_next(
 # ---- damaged images in evaluation ----------------------------------------------------------------------------------
 
 
-def test_an_unreadable_image_is_named_counted_and_skipped(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unreadable_image_is_named_counted_and_skipped(tree: Path, caplog: pytest.LogCaptureFixture) -> None:
     bad = [tree / "val" / "n01440764" / "n01440764_1.JPEG", tree / "val" / "n15075141" / "n15075141_2.JPEG"]
     damage(bad[0])
     bad[1].write_bytes(b"no image at all")
     task = stub_task(FolderImages(tree))
-    predictions = task.predict("stub", ColourNetwork(), Progress())
-    assert predictions.positions.tolist() == [0, 2, 3, 4, 5, 6, 7]
-    scores = task.score(predictions, predictions)
+    outputs = task.predict("stub", ColourNetwork(), Progress())
+    assert outputs.positions.tolist() == [0, 2, 3, 4, 5, 6, 7]
+    scores = task.score(outputs, outputs)
     assert (scores["unreadable"], scores["top1"], task.split_size) == (2, 100, 9)
-    err = capsys.readouterr().err
-    assert all(err.count(str(path)) == 1 for path in bad)
+    assert all(caplog.text.count(str(path)) == 1 for path in bad)
+    caplog.clear()
     task.predict("stub", ColourNetwork(), Progress())
-    assert capsys.readouterr().err == ""  # named once a run
+    assert caplog.messages == []  # named once a run
 
 
 def test_workers_and_a_split_of_nothing_but_damage(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,7 +240,7 @@ def test_metrics_of_hand_made_logits() -> None:
         [0, 1, 4, 5],
     )
     scores = classification_scores(network, reference)
-    assert tuple(scores) == metrics.CLASSIFICATION_METRICS
+    assert list(scores) == [metric.name for metric in metrics.CLASSIFICATION_METRICS]
     assert scores["top1"] == 50
     assert scores["top1_se"] == pytest.approx(100 * math.sqrt(0.25 / 4))
     assert scores["top5"] == 75
@@ -377,7 +376,7 @@ def test_the_mini_benchmark_is_complete_or_says_how_to_train_it(
 ) -> None:
     models = MiniModels()
     monkeypatch.setattr("tasks.mini.zoo.CHECKPOINTS", tmp_path)
-    with pytest.raises(IasvitError, match=r"deit_t\.safetensors does not exist.*tasks\.mini\.train"):
+    with pytest.raises(IasvitError, match=r"deit_t\.safetensors does not exist.*tasks\.studies\.train"):
         models.check("deit_t")
     zoo.save(zoo.build("deit_t", seed=7), zoo.checkpoint_path("deit_t"), {})
     models.check("deit_t")
@@ -470,7 +469,7 @@ def test_mini_calibration_depends_on_the_seed_alone() -> None:
 
 
 def test_mini_hard_answers_as_mini_does() -> None:
-    plain, hard = (make_task(data, pretrained=False, limit=16) for data in (Data.mini, Data.mini_hard))
+    plain, hard = (ImageNetTask(make_setup(data, pretrained=False, limit=16)) for data in ("mini", "mini-hard"))
     assert (plain.data.name, hard.data.name) == ("mini", "mini-hard")
     a, b = (task.load_model("deit_t") for task in (plain, hard))
     assert not torch.equal(a.blocks[0].norm1.weight, b.blocks[0].norm1.weight)
@@ -589,7 +588,7 @@ def test_dry_run_prints_the_cells_and_measures_none(
     args = ["--no-pretrained", "--method", "ias_vit", "--bits", "W3A3", "--bits", "W4A4", "--seed", 0, "--seed", 1]
     assert run(monkeypatch, *args, "--dry-run", "--results", tmp_path / "runs") == 0
     out = capsys.readouterr().out
-    for model in MINI.backbones:
+    for model in MINI.models:
         for bits in ("W3A3", "W4A4"):
             for seed in (0, 1):
                 assert f"| {model} | ias_vit | {bits} | {seed} |" in out
@@ -619,12 +618,55 @@ def test_a_run_prints_its_table_and_where_the_rows_are(
     assert rows.loc["ias_vit", "options"] == "batch_size=2;iterations=1;lr=4e-05"
 
 
-@pytest.mark.parametrize("command", [["tasks/imagenet.py"], ["-m", "iasvit.cli", "run", "imagenet"]])
-def test_it_runs_as_a_script_and_from_the_iasvit_command(command: list[str]) -> None:
-    done = subprocess.run([sys.executable, *command, "--bits", "W9A9"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: bits 'W9A9'")
-    assert "Traceback" not in done.stderr
+def test_it_runs_as_a_script_and_from_the_iasvit_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert commands.run_script(ROOT / "tasks" / "imagenet.py", monkeypatch, "--bits", "W9A9") == 2
+    assert capsys.readouterr().err.startswith("error: bits 'W9A9'")
+    assert commands.run(None, monkeypatch, "run", "imagenet", "--bits", "W9A9") == 2
+    assert capsys.readouterr().err.startswith("error: bits 'W9A9'")
+
+
+# ---- fingerprints --------------------------------------------------------------------------------------------------
+
+
+def test_the_fingerprint_of_folders_is_of_paths_sizes_and_labels(tree: Path, tmp_path: Path) -> None:
+    first = FolderImages(tree).fingerprint
+    assert len(first) == 16
+    moved = tree.rename(tmp_path / "moved")
+    assert FolderImages(moved).fingerprint == first  # wherever the folder lies
+    assert FolderImages(moved, limit=3).fingerprint != first
+    for split in ("val", "train"):
+        before = FolderImages(moved).fingerprint
+        path = next((moved / split / "n01440764").iterdir())
+        path.write_bytes(path.read_bytes() + b" ")
+        assert FolderImages(moved).fingerprint != before
+    before = FolderImages(moved).fingerprint
+    (moved / "val" / "n01440764").rename(moved / "val" / "n01443537")
+    assert FolderImages(moved).fingerprint != before
+
+
+def test_no_image_is_read_for_a_fingerprint(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folders, "read_rgb", None)
+    assert stub_task(FolderImages(tree)).data_fingerprint() == FolderImages(tree).fingerprint
+
+
+def test_the_fingerprint_of_mini_is_of_the_scenes_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = MiniImages().fingerprint
+    assert (MiniImages().fingerprint, MiniImages(limit=9).fingerprint != first) == (first, True)
+    monkeypatch.setattr(scenes, "VERSION", scenes.VERSION + 1)
+    assert MiniImages().fingerprint != first
+
+
+def test_the_configuration_is_what_happens_to_images() -> None:
+    task = ImageNetTask(make_setup("mini", pretrained=False))
+    assert task.config_fingerprint("deit_t") == task.config_fingerprint("swin_t") != task.config_fingerprint("vit_s")
+    sizes = [TimmModels(pretrained=False, img_size=size) for size in (224, 256)]
+    prints = [
+        ImageNetTask(Setup(DataSet("x"), MiniImages(), models, torch.device("cpu"))).config_fingerprint("deit_t")
+        for models in sizes
+    ]
+    assert prints[0] != prints[1]
 
 
 # ---- real photographs ----------------------------------------------------------------------------------------------
@@ -632,15 +674,15 @@ def test_it_runs_as_a_script_and_from_the_iasvit_command(command: list[str]) -> 
 
 @pytest.mark.skipif(not SAMPLE.is_dir(), reason="the sample of real ImageNet photographs is not beside the repository")
 def test_the_sample_of_real_photographs() -> None:
-    task = make_task(Data.imagenet, SAMPLE, pretrained=False, limit=50)
+    task = ImageNetTask(make_setup("imagenet", SAMPLE, pretrained=False, limit=50))
     classes = imagenet_classes()
     assert len(task.images.evaluated) == 800
     for path, label in task.images.evaluated:
         assert classes[Path(path).parent.name] == label
     network = task.load_model("deit_t")
-    predictions = task.predict("deit_t", network, Progress())
-    scores = task.score(predictions, predictions)
-    assert (len(predictions), scores["unreadable"], scores["agreement"]) == (50, 0, 100)
+    outputs = task.predict("deit_t", network, Progress())
+    scores = task.score(outputs, outputs)
+    assert (len(outputs), scores["unreadable"], scores["agreement"]) == (50, 0, 100)
     calibration = task.calibration("deit_t", 20, 0)
     assert calibration.shape == (20, 3, 224, 224)
     # Photographs in timm's normalisation: centred, of unit size.

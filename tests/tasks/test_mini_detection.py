@@ -14,7 +14,8 @@ from iasvit.errors import IasvitError
 from tasks.mini import detection
 from tasks.mini.scenes import CLASSES, render
 
-# After a deliberate change of the scenes these change too; the detectors' checkpoints were trained on the old ones.
+# After a deliberate change of the scenes, which raises scenes.VERSION, these change too; the detectors' checkpoints
+# were trained on the old ones.
 ANNOTATIONS = "b125d1708d55f59d"
 PIXELS = "ea6939d815f6cb47"
 

@@ -81,6 +81,7 @@ def test_the_folder_and_the_checkpoint(
     ):
         read = torch.from_numpy(np.stack([np.asarray(Image.open(path)) for path in paths]))
         assert torch.equal(read, enlarge(images))
+        assert {path.stat().st_size for path in map(Path, paths)} == {54 + 3 * real_vit.SIZE**2}  # whatever the library
     state, original = load_file(out / "vit_s14.safetensors"), tiny().state_dict()
     assert {value.dtype for value in state.values()} == {torch.float32}
     assert all(torch.allclose(state[name], value, atol=0.01) for name, value in original.items())
