@@ -71,6 +71,7 @@ class Task(ABC):
         metrics: what `score` returns, the primary ones first. Of the class, so that tables know them without data.
         version: raised, with a line in `changelog`, whenever the task's numbers change.
         changelog: version → what changed the numbers; version 1 need not be in it.
+        model_order: models in the order in which tables have them; others follow by name.
         data: what this instance runs on.
         split_size: images evaluated.
     """
@@ -79,6 +80,7 @@ class Task(ABC):
     metrics: ClassVar[tuple[Metric, ...]]
     version: ClassVar[int] = 1
     changelog: ClassVar[dict[int, str]] = {}
+    model_order: ClassVar[tuple[str, ...]] = ()
     data: DataSet
     split_size: int
 
