@@ -13,7 +13,7 @@ from iasvit.benchmark.task import Metric
 MADE = "<!-- made by `iasvit leaderboard` from the stored rows; do not edit -->"
 MISSING = "–"
 MARKS = "a column's best is bold, its second underlined"
-PUBLISHED = "published"  # the third kind of number, beside the REAL and EMBEDDED of `iasvit.benchmark.task`
+PUBLISHED = "published"  # the third kind of number, with REAL and EMBEDDED of `iasvit.benchmark.task`
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,8 @@ def slug(text: str) -> str:
 
 def escape(text: str) -> str:
     """The text for a line or a table of Markdown: no line breaks, and neither "|" nor a tag is read as such."""
-    return re.sub(r"\s*[\r\n]\s*", " ", text).replace("|", "\\|").replace("<", "&lt;")
+    text = re.sub(r"\s*[\r\n]\s*", " ", text).replace("<", "&lt;")
+    return re.sub(r"(\\*)\|", r"\1\1\|", text)  # backslashes before a "|" would take away its own
 
 
 def ordered_models(cells: pd.DataFrame, model_order: Sequence[str]) -> list[str]:

@@ -76,7 +76,7 @@ def grids(text: str) -> list[dict[str, dict[str, str]]]:
     found = []
     for block in re.findall(r"(?:^\|.*\n?)+", text, re.M):
         head, _, *lines = [
-            [cell.strip().replace("\\|", "|") for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+            [re.sub(r"\\(.)", r"\1", cell).strip() for cell in re.findall(r"((?:\\.|[^|\\])*)\|", line)[1:]]
             for line in block.splitlines()
         ]
         found.append({line[0]: dict(zip(head[1:], line[1:], strict=True)) for line in lines})
