@@ -40,7 +40,10 @@ def axes(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 def rows() -> list[Row]:
     found = [
-        make_row(model=model, method=f"m{i}", spec=spec, w_bits=b, a_bits=b, top1=10.0 * i + b, quantization_seconds=i)
+        make_row(
+            **{"model": model, "method": f"m{i}", "spec": spec, "w_bits": b, "a_bits": b, "top1": 10.0 * i + b},
+            **{"quantization_seconds": float(i), "data_description": "photographs"},
+        )
         for model in ("vit_s", "swin_t")
         for i in (1, 2, 3)
         for spec, b in SPECS
@@ -53,7 +56,7 @@ def test_a_metric_is_drawn_against_bits_for_each_model(axes: list[Any]) -> None:
     assert set(drawn) == {"fake-mini-bits.svg", "fake-mini-w3a3-seconds.svg", "fake-mini-w4a4-seconds.svg"}
     words = texts(drawn["fake-mini-bits.svg"])
     assert {"vit_s", "swin_t", "m1", "m3", "W3A3", "W4A4", "fp32", "top1"} <= set(words)
-    assert "fake on mini: top1 against bits, measured on real data" in words
+    assert "fake on mini: top1 against bits, measured on photographs" in words
     assert "mixed" not in words
     first = axes[0]
     assert first.get_title() == "vit_s"

@@ -15,6 +15,7 @@ from iasvit.leaderboard.published import published_documents, read_published
 from iasvit.leaderboard.views import page_values
 
 ROOT = Path(__file__).parents[2]
+ON_PAPERS_DATA = {"task": "imagenet", "dataset": "imagenet", "data_kind": "real"}
 
 
 def test_the_published_values_are_sound() -> None:
@@ -97,8 +98,8 @@ def published(tmp_path: Path) -> Path:
 
 
 def test_the_published_value_is_shown_with_the_measured_real_one(published: Path) -> None:
-    rows = [make_row(task="imagenet", dataset="imagenet", method=m, seed=s) for m in ("noise", "new") for s in (0, 1)]
-    rows += [make_row(task="imagenet", dataset="imagenet", model="swin_t")]
+    rows = [make_row(**ON_PAPERS_DATA, method=m, seed=s) for m in ("noise", "new") for s in (0, 1)]
+    rows += [make_row(**ON_PAPERS_DATA, model="swin_t")]
     (document,) = measured_documents(rows, read_published(published))
     (grid,) = grids(document.sections)
     assert grid["fp32"] == {"vit_s": "80.00 (published 81.39, -1.39)", "swin_t": "80.00"}
@@ -128,7 +129,7 @@ def test_the_published_value_is_shown_with_the_measured_real_one(published: Path
     ],
 )
 def test_nothing_else_is_compared_with_the_papers(published: Path, values: dict) -> None:
-    row = make_row(**{"task": "imagenet", "dataset": "imagenet", **values})
+    row = make_row(**{**ON_PAPERS_DATA, **values})
     (document,) = measured_documents([row], read_published(published))
     assert "published 68" not in document.sections
     assert "68.25" not in document.frame.to_csv()
@@ -138,7 +139,9 @@ def test_nothing_else_is_compared_with_the_papers(published: Path, values: dict)
 def test_both_values_of_a_detector_have_theirs(published: Path) -> None:
     lines = "coco,mask_rcnn_swin_t,noise,3,3,bbox_mAP,40,x\ncoco,mask_rcnn_swin_t,noise,3,3,segm_mAP,38.5,x\n"
     published.write_text(PUBLISHED_HEADER + lines)
-    (document,) = measured_documents([detector_row(41.0, 38.0, dataset="coco")], read_published(published))
+    (document,) = measured_documents(
+        [detector_row(41.0, 38.0, dataset="coco", data_kind="real")], read_published(published)
+    )
     boxes, masks = grids(document.sections)
     assert numbers(boxes["noise"]["mask_rcnn_swin_t"]) == [41.0, -5.0, 40.0, 1.0]
     assert numbers(masks["noise"]["mask_rcnn_swin_t"]) == [38.0, -3.6, 38.5, -0.5]
