@@ -31,9 +31,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher import LaunchConfig, elastic_launch
 
+from iasvit.cli import INTERRUPTED
 from iasvit.errors import IasvitError
 from tasks.command import print_logs
 from tasks.mini import detectors, zoo
@@ -227,6 +229,7 @@ class Trainer:
         self.run, self.rank = run, rank
         self.device = torch.device(run.device)
         self.step, self.seconds, self.losses = 0, 0.0, []
+        self.interrupted = False
         self.state = _read_state(run)
         if self.state is None:
             self.model, self.origin = start_model(run)
@@ -297,6 +300,7 @@ class Trainer:
                 if self.rank == 0 and now - saved >= run.save_seconds:
                     saved = now
                     self.save()
+            self.interrupted = bool(signals)
         prefetch.close()
         if self.rank == 0:
             self.save()
@@ -415,6 +419,8 @@ def train(run: Run) -> bool:
         trainer.finish(final=done)
         if done:
             run.state_path.unlink(missing_ok=True)
+    if trainer.interrupted and run.processes > 1:
+        sys.exit(INTERRUPTED)  # the launcher, told to stop too, would not take what is returned
     return done
 
 
@@ -445,12 +451,15 @@ def run_all(run: Run) -> None:
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=run.processes,
+        run_id=f"{run.detector}-{os.getpid()}",
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",  # a port that is free
         max_restarts=0,
     )
     try:
         elastic_launch(config, _train_process)(run)
+    except SignalException:  # which the processes got too
+        logger.warning("interrupted; the same command again goes on where this one stopped")
     except ChildFailedError:
         raise IasvitError(
             f"training of {run.detector} failed; the message of the process that failed is above"
