@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,7 +10,7 @@ from torch import nn
 from iasvit.calibration import calibrate_inputs, calibrate_weights, enabled, first_images
 from iasvit.errors import IasvitError
 from iasvit.methods import Calibration
-from iasvit.models import Site, insert_quantizers
+from iasvit.models import Site, prepare
 from iasvit.nn import quant_layers, quantizers_of
 from iasvit.progress import Progress
 from iasvit.quantizers import Quantizer, UniformQuantizer
@@ -42,8 +41,7 @@ class MinMax:
 
     def quantize(self, model: nn.Module, calibration: Calibration, spec: QuantSpec, progress: Progress) -> nn.Module:
         """See `iasvit.methods.Method`."""
-        quantized = insert_quantizers(copy.deepcopy(model), spec, self.weight_quantizer, self.activation_quantizer)
-        quantized.requires_grad_(False)
+        quantized = prepare(model, spec, self.weight_quantizer, self.activation_quantizer)
         images = first_images(calibration, self.init_size, next(model.parameters()).device)
         with progress.phase("calibration"):
             with enabled(list(quantizers_of(quantized, weights=True)), False):  # ranges are the full-precision model's

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,7 +11,7 @@ from torch import nn
 from iasvit.calibration import calibrate_in_stream, calibrate_weights, calibration_store
 from iasvit.errors import IasvitError
 from iasvit.methods import Calibration
-from iasvit.models import Site, find_pairs, insert_quantizers
+from iasvit.models import Site, find_pairs, prepare
 from iasvit.nn import quant_layers
 from iasvit.progress import Progress
 from iasvit.quantizers import WEIGHT_PERCENTILES, Log2Quantizer, Quantizer, UniformQuantizer
@@ -41,6 +40,10 @@ class RepQViT:
     init_size: int = 32
 
     name: ClassVar[str] = "repq_vit"
+    version: ClassVar[int] = 2
+    changelog: ClassVar[dict[int, str]] = {
+        2: "detectors: images keep their sizes, and a head's quantizers see all feature levels while ranges are chosen"
+    }
 
     def __post_init__(self) -> None:
         if self.init_size < 1:
@@ -49,8 +52,7 @@ class RepQViT:
     @torch.no_grad()
     def quantize(self, model: nn.Module, calibration: Calibration, spec: QuantSpec, progress: Progress) -> nn.Module:
         """See `iasvit.methods.Method`."""
-        quantized = insert_quantizers(copy.deepcopy(model), spec, self.weight_quantizer, self.activation_quantizer)
-        quantized.requires_grad_(False)
+        quantized = prepare(model, spec, self.weight_quantizer, self.activation_quantizer)
         images = calibration_store(calibration, next(model.parameters()).device, limit=self.init_size)
         with progress.phase("calibration"):
             calibrate_weights(quant_layers(quantized))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,7 +9,7 @@ from torch import nn
 
 from iasvit.calibration import calibrate_weights
 from iasvit.methods import Calibration
-from iasvit.models import Site, insert_quantizers
+from iasvit.models import Site, prepare
 from iasvit.nn import quant_layers, quantizers_of
 from iasvit.progress import Progress
 from iasvit.quantizers import Quantizer, UniformQuantizer
@@ -36,8 +35,7 @@ class RTN:
 
     def quantize(self, model: nn.Module, calibration: Calibration, spec: QuantSpec, progress: Progress) -> nn.Module:
         """See `iasvit.methods.Method`; the calibration images are not used."""
-        quantized = insert_quantizers(copy.deepcopy(model), spec, self.weight_quantizer, self.activation_quantizer)
-        quantized.requires_grad_(False)
+        quantized = prepare(model, spec, self.weight_quantizer, self.activation_quantizer)
         for _, quantizer in quantizers_of(quantized, weights=False):
             quantizer.enabled = False
         with progress.phase("calibration"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from iasvit.errors import IasvitError
+from iasvit.errors import IasvitError, StorageError, reason
+from iasvit.files import replacing
 from iasvit.methods import list_methods, load_method_class, split_variant
 from iasvit.models import build, insert_quantizers
 from iasvit.nn import quant_layers
@@ -90,7 +90,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         path: where to write; the file is written beside and renamed.
 
     Raises:
-        IasvitError: the model is not quantized, its architecture cannot be rebuilt, or the folder cannot be written.
+        IasvitError: the model is not quantized, or its architecture cannot be rebuilt.
+        StorageError: the folder cannot be written.
     """
     quantization = getattr(model, "quantization", None)
     if not isinstance(quantization, Quantization):
@@ -99,16 +100,12 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     shapes = {name: list(layer.weight.shape) for name, layer in quant_layers(model)}
     header = {"format": FORMAT, **asdict(quantization), "quantizers": configs, "shapes": shapes}
     path = Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        save_file(packed_state(model), beside, {"iasvit": json.dumps(header)})
-        _check_saved(model, beside, quantization.architecture)
-        os.replace(beside, path)
+        with replacing(path) as beside:
+            save_file(packed_state(model), beside, {"iasvit": json.dumps(header)})
+            _check_saved(model, beside, quantization.architecture)
     except (OSError, SafetensorError) as error:
-        raise IasvitError(f"{path} cannot be written: {error}") from error
-    finally:
-        with suppress(OSError):
-            beside.unlink(missing_ok=True)
+        raise StorageError(f"{path} cannot be written: {reason(error)}") from error
 
 
 @torch.no_grad()
@@ -150,8 +147,8 @@ def load(path: str | os.PathLike[str]) -> nn.Module:
     except IasvitError:
         raise
     except Exception as error:  # whatever a header or tensors that were changed lead to
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise IasvitError(f"{path} is damaged ({reason}); give a file that iasvit.save wrote") from error
+        what = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise IasvitError(f"{path} is damaged ({what}); give a file that iasvit.save wrote") from error
 
 
 def _rebuild(header: dict[str, Any], state: dict[str, Tensor], path: Path) -> nn.Module:

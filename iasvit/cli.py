@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import errno
 import sys
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
 
+from iasvit.benchmark.task import GROUP as TASKS
+from iasvit.benchmark.task import list_tasks, load_task_class
 from iasvit.errors import IasvitError
 
-GROUP = "iasvit.tasks"
 COMMANDS = "iasvit.commands"  # what needs models and data of tasks, and so is no part of the core
 BAD_INPUT, INTERRUPTED = 2, 130
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -59,30 +60,20 @@ def _exit(message: str, status: int) -> NoReturn:
     sys.exit(status)
 
 
-def _tasks() -> dict[str, EntryPoint]:
-    return {entry.name: entry for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name)}
-
-
 class _Tasks(TyperGroup):
     """The registered tasks as commands; one is imported when it is asked for."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        return list(_tasks())
+        return list(list_tasks())
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         with formatter.section("Tasks"):
-            formatter.write_dl([(name, entry.value) for name, entry in _tasks().items()])
+            formatter.write_dl([(name, entry.value) for name, entry in list_tasks().items()])
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        tasks = _tasks()
         if cmd_name.startswith("-"):
             return None  # an option that does not exist; the parser says so
-        if cmd_name not in tasks:
-            raise IasvitError(f"task {cmd_name!r} is not registered; registered are {', '.join(tasks)}")
-        try:
-            return typer.main.get_command(tasks[cmd_name].load())
-        except ModuleNotFoundError as error:
-            raise IasvitError(f"task {cmd_name!r} needs the module {error.name!r}, which is not installed") from error
+        return typer.main.get_command(load_task_class(cmd_name).command())
 
 
 _app = make_app(help="Low-bit post-training quantization of vision transformers: benchmark and tables.")
@@ -98,12 +89,18 @@ def _run_task() -> None:
 @_app.command("list")
 def _list() -> None:
     """Print the registered methods and tasks, and where each comes from."""
-    from iasvit.methods import GROUP as METHODS
-
-    for group in (METHODS, GROUP):
+    for group in ("iasvit.methods", TASKS):
         print(f"{group.rpartition('.')[2]}:")
         for entry in sorted(entry_points(group=group), key=lambda entry: entry.name):
             print(f"  {entry.name:<20} {entry.value}")
+
+
+@_app.command("show")
+def _show(file: Annotated[Path, typer.Argument(help="Of iasvit.save, or of run --save.")]) -> None:
+    """Print how a saved model was made, its sizes, and the bits of each layer."""
+    from iasvit.summary import summary
+
+    print(summary(file))
 
 
 @_app.command("leaderboard")
@@ -126,14 +123,29 @@ def _leaderboard(
         print(path)
 
 
-@_app.command(
-    "inspect", context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
-)
+_HANDED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+
+def _hand_on(context: typer.Context) -> None:
+    """Run the command of this name that an installed package has."""
+    name = context.info_name
+    entries = list(entry_points(group=COMMANDS, name=name))
+    if not entries:
+        raise IasvitError(f"no installed package has the command {name!r}; install the package tasks")
+    command = typer.main.get_command(entries[0].load())
+    command.main(args=context.args, prog_name=f"iasvit {name}", standalone_mode=True)
+
+
+@_app.command("evaluate", context_settings=_HANDED_ON)
+def _evaluate(context: typer.Context) -> None:
+    """Measure a saved model on a task's data: iasvit evaluate --help."""
+    _hand_on(context)
+
+
+@_app.command("inspect", context_settings=_HANDED_ON)
 def _inspect(context: typer.Context) -> None:
     """What each layer's quantizers are given, and what they make of it: iasvit inspect --help."""
-    (entry,) = entry_points(group=COMMANDS, name="inspect")
-    command = typer.main.get_command(entry.load())
-    command.main(args=context.args, prog_name="iasvit inspect", standalone_mode=True)
+    _hand_on(context)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The one exception that a user may see: a clear sentence, exit status 2, no traceback."""
+"""The exceptions that a user may see: a clear sentence, exit status 2, no traceback."""
 
 from __future__ import annotations
 
@@ -8,3 +8,13 @@ class IasvitError(ValueError):
 
     The command line prints it on standard error and exits with status 2; library callers catch it as a ValueError.
     """
+
+
+class StorageError(IasvitError):
+    """A file cannot be written: the disk or folder is at fault and not what is measured, so a run stops."""
+
+
+def reason(error: BaseException) -> str:
+    """Why an error happened, in one line: the system's text of an OSError, else its message, else its type."""
+    text = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
+    return " ".join(text.split())

@@ -28,6 +28,9 @@ class Method(Protocol):
 
         [project.entry-points."iasvit.methods"]
         my_method = "my_package.my_module:MyMethod"
+
+    A class may also have `version: ClassVar[int]`, raised whenever its numbers change (1 without it), and
+    `changelog: ClassVar[dict[int, str]]`, version → what changed them. Rows say which version measured them.
     """
 
     name: str

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +17,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from iasvit.errors import IasvitError
+from iasvit.errors import StorageError, reason
+from iasvit.files import replacing
 
 
-class JournalError(IasvitError):
-    """The journal cannot be written: the disk is at fault, not the method, so a run stops."""
+class JournalError(StorageError):
+    """The journal cannot be written."""
 
 
 class _Lines(tqdm):
@@ -102,17 +102,16 @@ class Progress:
             return
         self._charge()
         target = self.journal / "journal.safetensors"
-        beside = target.with_suffix(f".{os.getpid()}.tmp")
         metadata = {"step": str(step), "seconds": json.dumps(self.seconds)}
         try:
             self.journal.mkdir(parents=True, exist_ok=True)
-            save_file({name: tensor.detach().contiguous().cpu() for name, tensor in state.items()}, beside, metadata)
-            os.replace(beside, target)
+            tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in state.items()}
+            with replacing(target) as beside:
+                save_file(tensors, beside, metadata)
         except (OSError, SafetensorError) as error:
-            raise JournalError(f"{target} cannot be written: {error}; free space or run in another folder") from error
-        finally:
-            with suppress(OSError):
-                beside.unlink(missing_ok=True)
+            raise JournalError(
+                f"{target} cannot be written: {reason(error)}; free space or run in another folder"
+            ) from error
 
     def restore(self) -> tuple[int, dict[str, torch.Tensor]] | None:
         """The last record as (step, tensors), or None; the seconds spent before are added to this run's."""

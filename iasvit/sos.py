@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,7 +11,7 @@ from torch import nn
 from iasvit.calibration import Store, calibrate_in_stream, enabled
 from iasvit.errors import IasvitError
 from iasvit.methods import Calibration
-from iasvit.models import Site, find_pairs, insert_quantizers, segments
+from iasvit.models import Site, find_pairs, prepare, segments
 from iasvit.nn import quantizers_of
 from iasvit.progress import Progress, fingerprint
 from iasvit.quantizers import SOFTMAX_QUANTIZERS, WEIGHT_PERCENTILES, Quantizer, UniformQuantizer
@@ -67,6 +66,11 @@ class IASViT:
     compile: bool = False
 
     name: ClassVar[str] = "ias_vit"
+    version: ClassVar[int] = 2
+    changelog: ClassVar[dict[int, str]] = {
+        2: "quantizers are initialised by one pass of the quantized model, not on full-precision activations; [-sulq] "
+        "has the paper's log2"
+    }
     ablations: ClassVar[dict[str, dict[str, str]]] = {"sulq": {"softmax": "log2"}}
 
     def __post_init__(self) -> None:
@@ -82,8 +86,7 @@ class IASViT:
 
     def quantize(self, model: nn.Module, calibration: Calibration, spec: QuantSpec, progress: Progress) -> nn.Module:
         """See `iasvit.methods.Method`."""
-        quantized = insert_quantizers(copy.deepcopy(model), spec, self.weight_quantizer, self.activation_quantizer)
-        quantized.requires_grad_(False)
+        quantized = prepare(model, spec, self.weight_quantizer, self.activation_quantizer)
         iterations = self.iterations
         if iterations is None:
             iterations = 1000 if min(spec.w_bits, spec.a_bits) < 6 else 200

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import sys
 from collections.abc import Iterable, Sequence
@@ -252,38 +251,15 @@ def run(
         typer.Exit: always; status 1 where a cell failed, else 0.
         IasvitError: as `run_cells`.
     """
-    store, old = ResultStore(results), _OldTask(task)
+    store = ResultStore(results)
     if dry_run:
-        print(format_estimates(estimate(old, cells, store, force=force)))
+        print(format_estimates(estimate(task, cells, store, force=force, stale=stale)))
         raise typer.Exit
-    rows = run_cells(old, cells, store, force=force, **_accepted(stale=stale, save=save))
+    rows = run_cells(task, cells, store, force=force, stale=stale, save=save)
     scored = {metric.name for metric in task.scored}
     print(table(rows, [name for name in printed if name in scored]))
     print(f"\nrows: {store.path(task.name, task.data.name)}")
     raise typer.Exit(exit_status(rows))
-
-
-class _OldTask:
-    """The task with its metrics by name. Until the harness reads Metric."""
-
-    def __init__(self, task: Task) -> None:
-        self._task = task
-        self.dataset = task.data.name
-        self.metrics = tuple(metric.name for metric in task.scored)
-        self.primary = tuple(metric.name for metric in task.scored if metric.primary)
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "recall" and type(self._task).recall is Task.recall:
-            raise AttributeError(name)
-        return getattr(self._task, name)
-
-
-def _accepted(**options: Any) -> dict[str, Any]:
-    """Those options that `run_cells` takes. Until the harness takes both."""
-    known = inspect.signature(run_cells).parameters
-    if refused := [name for name, value in options.items() if value and name not in known]:
-        raise IasvitError(f"--{refused[0]} is not supported by the harness yet")
-    return {name: value for name, value in options.items() if name in known}
 
 
 class _Lines(logging.Handler):

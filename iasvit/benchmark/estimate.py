@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from iasvit.benchmark.harness import FULL_PRECISION, Cell, Task, device_of, make_job, make_method
+from iasvit.benchmark.harness import FULL_PRECISION, Cell, device_of, make_jobs, make_method, stored_row
 from iasvit.benchmark.results import Key, ResultStore, Row
+from iasvit.benchmark.task import Task
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,9 @@ class Estimate:
     basis: str
 
 
-def estimate(task: Task, cells: Sequence[Cell], store: ResultStore, *, force: bool = False) -> list[Estimate]:
+def estimate(
+    task: Task, cells: Sequence[Cell], store: ResultStore, *, force: bool = False, stale: bool = False
+) -> list[Estimate]:
     """What each cell would cost, without measuring any (`--dry-run`).
 
     From the stored row of the same model and method that is nearest in iterations, scaled; else, for methods that
@@ -37,15 +40,15 @@ def estimate(task: Task, cells: Sequence[Cell], store: ResultStore, *, force: bo
     Raises:
         IasvitError: as `run_cells` does before anything runs.
     """
-    jobs = [make_job(task, cell) for cell in cells]
+    jobs = make_jobs(task, cells)
     rows = store.rows()
-    rows = rows[(rows["task"] == task.name) & (rows["dataset"] == task.dataset) & (rows["status"] == "ok")]
+    rows = rows[(rows["task"] == task.name) & (rows["dataset"] == task.data.name) & (rows["status"] == "ok")]
     known: list[Row] = rows.astype(object).where(rows.notna(), None).to_dict("records")
     image_seconds: dict[str, float] = {}
     estimates = []
     for job in jobs:
         cell = job.cell
-        if not force and store.has(job.key):
+        if stored_row(store, job.key, force=force, stale=stale) is not None:
             estimates.append(Estimate(cell, 0.0, "stored already"))
             continue
         iterations, batch_size = _steps(cell)
@@ -96,11 +99,10 @@ def _time_forward(task: Task, model: str) -> float:
     images = task.calibration(model, 8, 0)
     batches = [images] if isinstance(images, Tensor) else list(images)  # images of different sizes come one by one
     batches = [batch.to(device_of(network)) for batch in batches]
-    forward = getattr(task, "forward", lambda network, images: network(images))
-    forward(network, batches[0][:1])
+    task.forward(network, batches[0][:1])
     start = time.perf_counter()
     for batch in batches:
-        forward(network, batch)
+        task.forward(network, batch)
     return (time.perf_counter() - start) / len(images)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 import sys
 import time
 import traceback
@@ -11,68 +12,28 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from math import isfinite
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from iasvit.api import quantize
 from iasvit.artifact import packed_bytes
+from iasvit.artifact import save as save_model
 from iasvit.benchmark import provenance
-from iasvit.benchmark.results import COST, Key, ResultStore, Row, format_options
-from iasvit.errors import IasvitError
-from iasvit.methods import Method, get_method, load_method_class, method_options, split_variant
+from iasvit.benchmark.results import COST, SCHEMA, Key, ResultStore, Row, format_options
+from iasvit.benchmark.task import Outputs, Task
+from iasvit.benchmark.versions import method_version, other_version
+from iasvit.errors import IasvitError, StorageError, reason
+from iasvit.methods import Method, get_method, method_options
 from iasvit.nn import quantizers_of
-from iasvit.progress import JournalError, Progress, fingerprint
+from iasvit.progress import Progress, fingerprint
 from iasvit.spec import QuantSpec
 
 FULL_PRECISION = "fp32"  # the method's name in the row of a model that is not quantized
 JOURNAL_ROOT = Path(".iasvit/journal")
-Predictions = Any  # whatever a task's predict returns and its score takes
 
 _STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
-
-
-class Task(Protocol):
-    """A benchmark: models, calibration images, and an evaluation.
-
-    Attributes:
-        name: for example "imagenet".
-        dataset: what it runs on, for example "mini".
-        split_size: images evaluated.
-        metrics: names of the values that `score` returns, the primary one first.
-        primary: optional; the primary metrics where there are several, as box and mask AP.
-    """
-
-    name: str
-    dataset: str
-    split_size: int
-    metrics: tuple[str, ...]
-
-    def load_model(self, model: str) -> nn.Module:
-        """The full-precision model of this name in eval mode, on the task's device."""
-        ...
-
-    def calibration(self, model: str, n: int, seed: int) -> Tensor | Sequence[Tensor]:
-        """n calibration images, normalised as the model wants; the seed chooses them.
-
-        A tensor n×3×H×W, or where they differ in size, a sequence of n tensors 1×3×H×W.
-        """
-        ...
-
-    def predict(self, model: str, network: nn.Module, progress: Progress) -> Predictions:
-        """The network's answers on the whole split; `model` names the full-precision model that it comes from."""
-        ...
-
-    def score(self, predictions: Predictions, reference: Predictions) -> dict[str, float]:
-        """Every metric; `reference` are the full-precision model's predictions."""
-        ...
-
-    # Optional: def weights(self, model: str) -> str, which weights the model has where its name does not tell (a file
-    # and its hash); it is part of a cell's key. Without it, the empty string.
-    # Optional: def forward(self, network: nn.Module, images: Tensor), the network's answer to images where it is not
-    # network(images).
-    # Optional: def recall(self, row: Row) -> Predictions, the predictions in full precision as far as `score` reads
-    # them, from the stored row of the full-precision model; which then is not evaluated again.
 
 
 @dataclass(frozen=True)
@@ -103,6 +64,8 @@ def run_cells(
     *,
     journal_root: Path = JOURNAL_ROOT,
     force: bool = False,
+    stale: bool = False,
+    save: Path | None = None,
     quiet: bool = False,
 ) -> list[Row]:
     """Measure each cell that the store does not hold yet, and store a row for each as soon as it is done.
@@ -117,6 +80,8 @@ def run_cells(
         store: where rows go.
         journal_root: folder for what an interrupted cell resumes from.
         force: measure also cells that are stored.
+        stale: measure also cells that are stored by another version of the method or the task.
+        save: folder that keeps the quantized model of each cell measured, a file each; None for none.
         quiet: print nothing on standard error.
 
     Returns:
@@ -125,8 +90,8 @@ def run_cells(
     Raises:
         IasvitError: bad bits, method or option (before anything runs); a model, data or a folder that cannot be used.
     """
-    run = _Run(task, store, journal_root, force, quiet)
-    jobs = [run.job(cell) for cell in cells]
+    jobs = make_jobs(task, cells)
+    run = _Run(task, store, Path(journal_root), force, stale, save, quiet)
     return [run.measure(job, f"[{number}/{len(jobs)}]") for number, job in enumerate(jobs, start=1)]
 
 
@@ -142,16 +107,11 @@ def model_bytes(model: nn.Module) -> int:
 
 @dataclass(frozen=True)
 class Job:
-    """A cell, and what it takes to know whether it is stored: its key, bits and code."""
+    """A cell, its key, and its bits; None for full precision."""
 
     cell: Cell
     key: Key
-    spec: QuantSpec | None  # None: full precision
-    code: str
-
-
-def _weights(task: Task, model: str) -> str:
-    return task.weights(model) if hasattr(task, "weights") else ""
+    spec: QuantSpec | None
 
 
 def make_method(cell: Cell) -> Method:
@@ -162,35 +122,71 @@ def make_method(cell: Cell) -> Method:
     return get_method(cell.method, **options)
 
 
-def make_job(task: Task, cell: Cell) -> Job:
-    """The job of a cell; IasvitError for bad bits, method, option or calibration size."""
-    identity = (task.name, task.dataset, task.split_size, cell.model, _weights(task, cell.model), cell.method)
+def make_jobs(task: Task, cells: Sequence[Cell]) -> list[Job]:
+    """The jobs of cells, in order.
+
+    Raises:
+        IasvitError: bad bits, method, option or calibration size; data or a model whose files cannot be read.
+    """
+    specs = [_check(cell) for cell in cells]
+    data = (task.name, task.data.name, task.split_size, task.data_fingerprint())
+    models = {name: (task.config_fingerprint(name), name, task.weights(name)) for name in {c.model for c in cells}}
+    jobs = []
+    for cell, spec in zip(cells, specs, strict=True):
+        identity = (*data, *models[cell.model], cell.method)
+        if spec is None:
+            jobs.append(Job(cell, Key(*identity, "W32A32", 0, 0, ""), None))
+            continue
+        options = format_options((name, value) for name, value in cell.options if value is not None)
+        jobs.append(Job(cell, Key(*identity, str(spec), cell.seed, cell.calib_size, options), spec))
+    return jobs
+
+
+def _check(cell: Cell) -> QuantSpec | None:
+    """The bits of a cell, None for full precision; IasvitError if it cannot be measured."""
     if cell.method == FULL_PRECISION:
-        return Job(cell, Key(*identity, "W32A32", 0, 0, ""), None, "")
+        return None
     make_method(cell)
     if cell.calib_size < 1:
         raise IasvitError(f"calibration size is {cell.calib_size}, but at least one image is needed")
-    spec = QuantSpec.parse(cell.spec)
-    options = format_options((name, value) for name, value in cell.options if value is not None)
-    base, *_ = split_variant(cell.method)
-    code = provenance.code_hash(load_method_class(base).__module__)
-    return Job(cell, Key(*identity, str(spec), cell.seed, cell.calib_size, options), spec, code)
+    return QuantSpec.parse(cell.spec)
 
 
+def _reference_job(job: Job) -> Job:
+    """That of the same model in full precision."""
+    key = job.key._replace(method=FULL_PRECISION, spec="W32A32", seed=0, calib_size=0, options="")
+    return Job(Cell(job.cell.model, FULL_PRECISION, "W32A32", 0, 0), key, None)
+
+
+def stored_row(store: ResultStore, key: Key, *, force: bool = False, stale: bool = False) -> Row | None:
+    """The row that makes it needless to measure a cell, or None; see `run_cells` for `force` and `stale`."""
+    row = None if force else store.find(key)
+    if row is None or row["status"] != "ok" or (stale and other_version(row)):
+        return None
+    return row
+
+
+@dataclass
 class _Run:
     """What the cells of one run share."""
 
-    def __init__(self, task: Task, store: ResultStore, journal_root: Path, force: bool, quiet: bool) -> None:
-        self.task = task
-        self.store = store
-        self.journal_root = Path(journal_root)
-        self.force = force
-        self.quiet = quiet
-        self.primary: tuple[str, ...] = tuple(getattr(task, "primary", task.metrics[:1]))
-        self._reference: dict[str, tuple[Predictions, Row]] = {}
+    task: Task
+    store: ResultStore
+    journal_root: Path
+    force: bool
+    stale: bool
+    save: Path | None
+    quiet: bool
 
-    def job(self, cell: Cell) -> Job:
-        return make_job(self.task, cell)
+    def __post_init__(self) -> None:
+        self.primary = [metric.name for metric in self.task.primary]
+        self.metrics = [metric.name for metric in self.task.scored]
+        self._reference: dict[str, tuple[Outputs, Row]] = {}
+        if self.save is not None:
+            try:
+                self.save.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise StorageError(f"{self.save} cannot be made a folder: {reason(error)}") from error
 
     def say(self, text: str) -> None:
         if not self.quiet:
@@ -199,60 +195,75 @@ class _Run:
     def measure(self, job: Job, number: str) -> Row:
         """The row of a cell, from the store or measured now."""
         cell = job.cell
-        where = f"{self.task.name} {self.task.dataset}"
-        title = f"{number} {where}: {cell.model} {cell.method} {job.key.spec} seed {job.key.seed}"
-        stored = self.store.find(job.key)
-        if stored is not None and stored["status"] == "ok" and not self.force:
-            note = "" if stored["code_hash"] == job.code else ", by other code than the present; --force measures again"
-            self.say(f"{title}: stored already{note}")
+        data = f"{self.task.name} {self.task.data.name}"
+        title = f"{number} {data}: {cell.model} {cell.method} {job.key.spec} seed {job.key.seed}"
+        stored = stored_row(self.store, job.key, force=self.force, stale=self.stale)
+        if stored is not None:
+            self.say(f"{title}: stored already{self._remark(job, stored)}")
             return stored
         self.say(title)
         start = time.perf_counter()
-        reference, fp_row = self.reference(cell.model)
+        reference, fp_row = self.reference(job)
         if job.spec is None:
             return fp_row
         network = self.task.load_model(cell.model)
         calibration = self.task.calibration(cell.model, cell.calib_size, cell.seed)
-        journal = self._journal(job)
+        journal = self._journal(job, device_of(network))
         progress = Progress(f"{cell.model} {cell.method}", journal, self.quiet)
         row = self._row(job, network)
         row.update({f"fp_{name}": fp_row[name] for name in self.primary})
         try:
             self._quantize_and_score(job, network, calibration, reference, progress, row)
         except Exception as error:
-            if isinstance(error, JournalError) or getattr(error, "errno", None) in _STORAGE_ERRORS:
+            if isinstance(error, StorageError) or getattr(error, "errno", None) in _STORAGE_ERRORS:
                 raise
             self._failed(row, error)
         row["time"] = _now()
         self.store.append(row)
         if row["status"] == "ok":
             progress.discard()
-            values = ", ".join(f"{name} {row[name]:.2f} (fp32 {row[f'fp_{name}']:.2f})" for name in self.primary)
+            values = ", ".join(
+                f"{m.name} {row[m.name]:.{m.digits}f} (fp32 {row[f'fp_{m.name}']:.{m.digits}f})"
+                for m in self.task.primary
+            )
             self.say(f"{number} {values}, {time.perf_counter() - start:.0f} s")
         else:
             self.say(f"{number} failed: {row['reason']}")
         return row
 
-    def reference(self, model: str) -> tuple[Predictions, Row]:
-        """The full-precision model's predictions and row; evaluated, and the row stored, once a run."""
+    def _remark(self, job: Job, stored: Row) -> str:
+        """What to say of a stored row that is not measured again."""
+        remarks = ""
+        if other := other_version(stored):
+            remarks += f", {other}; --stale measures it again"
+        if self.save is not None and job.spec is not None and not stored["model_file"]:
+            remarks += ", without a model file; --force measures it again and keeps one"
+        return remarks
+
+    def reference(self, job: Job) -> tuple[Outputs, Row]:
+        """The full-precision model's outputs and row; evaluated, and the row stored, once a run.
+
+        A row of another version of the task is no reference for what is measured now.
+        """
+        job = _reference_job(job)
+        model = job.cell.model
         if model not in self._reference:
-            job = self.job(Cell(model, FULL_PRECISION, "W32A32", 0, 0))
-            stored = None if self.force else self.store.find(job.key)
-            recall = getattr(self.task, "recall", None)
-            if recall is not None and stored is not None and stored["status"] == "ok":
-                self._reference[model] = recall(stored), stored
+            stored = stored_row(self.store, job.key, force=self.force, stale=True)
+            outputs = None if stored is None else self.task.recall(stored)
+            if stored is not None and outputs is not None:
+                self._reference[model] = outputs, stored
                 return self._reference[model]
             network = self.task.load_model(model)
             row = self._row(job, network)
             progress = Progress(f"{model} full precision", quiet=self.quiet)
             memory = provenance.PeakMemory(device_of(network))
-            predictions = self._predict(model, network, progress, row)
+            outputs = self._predict(model, network, progress, row)
             row["peak_memory_mib"] = round(memory.mib(), 1)
-            self._score(predictions, predictions, row)
+            self._score(outputs, outputs, row)
             row.update({f"fp_{name}": row[name] for name in self.primary}, time=_now())
-            if self.force or not self.store.has(job.key):
+            if stored is None:
                 self.store.append(row)
-            self._reference[model] = predictions, row
+            self._reference[model] = outputs, row
         return self._reference[model]
 
     def _quantize_and_score(
@@ -260,7 +271,7 @@ class _Run:
         job: Job,
         network: nn.Module,
         calibration: Tensor | Sequence[Tensor],
-        reference: Predictions,
+        reference: Outputs,
         progress: Progress,
         row: Row,
     ) -> None:
@@ -272,7 +283,7 @@ class _Run:
         forked = torch.random.fork_rng([device] if device.type == "cuda" else [])
         with forked, progress.phase("quantization"):
             torch.manual_seed(job.cell.seed)  # for methods that draw from the global generator
-            quantized = method.quantize(network, calibration, job.spec, progress).eval()
+            quantized = quantize(network, calibration, job.spec, method, progress=progress)
         used = [quantizer.enabled for _, quantizer in quantizers_of(quantized, weights=False)]
         if used and not any(used):
             row["a_bits"] = 32  # weights only, whatever the spec says of activations
@@ -281,36 +292,56 @@ class _Run:
         parts = [value for name, value in seconds.items() if name.startswith("reconstruction")]
         row["reconstruction_seconds"] = round(sum(parts), 3)
         row["quantization_seconds"] = round(sum(seconds.values()), 3)
-        predictions = self._predict(job.cell.model, quantized, progress, row)
+        outputs = self._predict(job.cell.model, quantized, progress, row)
         row["peak_memory_mib"] = round(memory.mib(), 1)
         row["packed_bytes"] = packed_bytes(quantized)
-        self._score(predictions, reference, row)
+        self._score(outputs, reference, row)
+        if self.save is not None:
+            row["model_file"] = self._save(self.save, job.key, quantized)
 
-    def _predict(self, model: str, network: nn.Module, progress: Progress, row: Row) -> Predictions:
+    def _save(self, folder: Path, key: Key, quantized: nn.Module) -> str:
+        """Keep a model; its file as rows name it, "" for a model that cannot be saved."""
+        parts = (key.task, key.dataset, key.model, key.method, key.spec, f"seed{key.seed}")
+        name = re.sub(r"[^a-z0-9._]+", "-", "-".join(parts).lower())[:150].strip("-.")
+        path = folder / f"{name}-{fingerprint(*key)[:8]}.safetensors"
+        try:
+            save_model(quantized, path)
+        except StorageError:
+            raise
+        except IasvitError as error:
+            self.say(f"no model file of {key.model} {key.method} {key.spec}: {error}")
+            return ""
+        results = self.store.folder.resolve()
+        inside = path.resolve().is_relative_to(results)
+        return path.resolve().relative_to(results).as_posix() if inside else str(path)
+
+    def _predict(self, model: str, network: nn.Module, progress: Progress, row: Row) -> Outputs:
         start = time.perf_counter()
         with torch.no_grad():
-            predictions = self.task.predict(model, network, progress)
+            outputs = self.task.predict(model, network, progress)
         seconds = time.perf_counter() - start
         row["evaluation_seconds"] = round(seconds, 3)
         row["images_per_second"] = round(self.task.split_size / seconds, 2)
-        return predictions
+        return outputs
 
-    def _score(self, predictions: Predictions, reference: Predictions, row: Row) -> None:
-        scores = {name: float(value) for name, value in self.task.score(predictions, reference).items()}
-        if set(scores) != set(self.task.metrics):
-            raise IasvitError(f"task {self.task.name!r} scores {sorted(scores)}, but names {sorted(self.task.metrics)}")
+    def _score(self, outputs: Outputs, reference: Outputs, row: Row) -> None:
+        scores = {name: float(value) for name, value in self.task.score(outputs, reference).items()}
+        if set(scores) != set(self.metrics):
+            raise IasvitError(f"task {self.task.name!r} scores {sorted(scores)}, but names {sorted(self.metrics)}")
         for name in self.primary:
             if not isfinite(scores[name]):
                 raise IasvitError(f"{name} of the model is {scores[name]}; its outputs are not finite")
         row.update(scores)
 
-    def _journal(self, job: Job) -> Path:
-        """The cell's journal folder; what other code left of the same cell goes."""
-        name = fingerprint(*job.key)
-        for old in self.journal_root.glob(f"{name}-*"):
-            if old.name != f"{name}-{job.code}":
+    def _journal(self, job: Job, device: torch.device) -> Path:
+        """The cell's journal folder; what is left of the same cell by other versions or on another device goes."""
+        versions = (method_version(job.cell.method), self.task.version, torch.__version__)
+        threads = torch.get_num_threads() if device.type == "cpu" else ""
+        folder = self.journal_root / f"{fingerprint(*job.key)}-{fingerprint(*versions, device.type, threads)}"
+        for old in self.journal_root.glob(f"{fingerprint(*job.key)}-*"):
+            if old != folder:
                 Progress(journal=old).discard()
-        return self.journal_root / f"{name}-{job.code}"
+        return folder
 
     def _failed(self, row: Row, error: Exception) -> None:
         text = " ".join(str(error).split())
@@ -321,24 +352,29 @@ class _Run:
             if not self.quiet:
                 traceback.print_exception(error)
         row["status"] = "failed"
-        row.update(dict.fromkeys(self.task.metrics))
+        row.update(dict.fromkeys(self.metrics))
 
     def _row(self, job: Job, network: nn.Module) -> Row:
         """A row with everything that is known before measuring; the rest is None."""
         return {
+            "schema_version": SCHEMA,
             **job.key._asdict(),
+            "method_version": method_version(job.cell.method),
+            "task_version": self.task.version,
+            "data_kind": self.task.data.kind,
+            "data_description": self.task.data.description,
             "w_bits": job.spec.w_bits if job.spec else 32,
             "a_bits": job.spec.a_bits if job.spec else 32,
-            **dict.fromkeys(self.task.metrics),
+            **dict.fromkeys(self.metrics),
             **dict.fromkeys(f"fp_{name}" for name in self.primary),
             **dict.fromkeys(COST),
             "model_bytes": model_bytes(network),
+            "model_file": "",
             "device": provenance.describe_device(device_of(network)),
             "threads": torch.get_num_threads(),
             **provenance.versions(),
             "git_commit": provenance.git_commit(),
             "spec_hash": job.spec.hash if job.spec else "",
-            "code_hash": job.code,
             "command": provenance.command(),
             "status": "ok",
             "reason": "",

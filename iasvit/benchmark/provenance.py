@@ -1,31 +1,21 @@
-"""Where a number comes from: code, versions, command, device, and the memory it took."""
+"""Where a number comes from: commit, versions, command, device, and the memory it took."""
 
 from __future__ import annotations
 
-import ast
 import gc
-import hashlib
-import io
 import os
 import platform
 import resource
 import shlex
 import subprocess
 import sys
-import tokenize
-from collections.abc import Iterator
 from functools import cache
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
 PACKAGE = Path(__file__).parents[1]  # iasvit
-# The core modules that decide numbers; `code_hash` adds the method's own.
-_CORE = ("quantizers", "nn", "models", "calibration", "reparam", "reconstruction", "spec")
-# Modules of the core that a method imports and that decide none.
-_NEUTRAL = ("errors", "methods", "progress")
 
 
 @cache
@@ -111,77 +101,3 @@ class PeakMemory:
                     return int(line.split()[1]) / 2**10
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak / (2**20 if sys.platform == "darwin" else 2**10)
-
-
-def code_hash(module: str) -> str:
-    """Twelve hex digits that change when code does that decides the numbers of a method.
-
-    That is the core's quantizers, layers, adapters, calibration, reparameterization and reconstruction, the method's
-    module, and whatever of its own package or of the core it imports. Comments, docstrings and blank lines do not
-    count.
-
-    Args:
-        module: where the method's class is defined, for example "iasvit.sos".
-    """
-    top = module.partition(".")[0]
-    roots = {PACKAGE.name: PACKAGE.parent}
-    if top not in roots and (root := _root(top)) is not None:
-        roots[top] = root
-    todo = [f"{PACKAGE.name}.{name}" for name in _CORE] + [module]
-    neutral = {f"{PACKAGE.name}.{name}" for name in _NEUTRAL} | {PACKAGE.name}
-    texts: dict[str, str] = {}
-    while todo:
-        name = todo.pop()
-        if name in texts or name in neutral or name.partition(".")[0] not in roots:
-            continue
-        if (path := _file(roots[name.partition(".")[0]], name)) is None:
-            continue
-        source = path.read_text(encoding="utf-8")
-        texts[name] = _significant(source)
-        todo += _imports(source, name if path.name == "__init__.py" else name.rpartition(".")[0])
-    return hashlib.sha256("".join(f"{name}\n{texts[name]}\n" for name in sorted(texts)).encode()).hexdigest()[:12]
-
-
-def _root(top: str) -> Path | None:
-    """The folder that holds a top-level package or module."""
-    try:
-        spec = find_spec(top)
-    except ValueError:  # __main__ of a script
-        return None
-    if spec is None or not spec.origin:
-        return None
-    return Path(spec.origin).parent.parent if spec.submodule_search_locations else Path(spec.origin).parent
-
-
-def _file(root: Path, name: str) -> Path | None:
-    path = root.joinpath(*name.split("."))
-    return next((p for p in (path.with_suffix(".py"), path / "__init__.py") if p.is_file()), None)
-
-
-def _imports(source: str, package: str) -> Iterator[str]:
-    """Names that may be modules, of all imports in a source file of this package."""
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            parents = package.split(".")[: -(node.level - 1) or None] if node.level else []
-            base = ".".join([*parents, *([node.module] if node.module else [])])
-            yield base
-            yield from (f"{base}.{alias.name}" for alias in node.names)
-
-
-def _significant(source: str) -> str:
-    """The source without comments, docstrings and blank lines."""
-    lines = source.splitlines()
-    for node in ast.walk(ast.parse(source)):
-        body = getattr(node, "body", None)
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and body:
-            first = body[0]
-            own_line = first.lineno > getattr(node, "lineno", 0)
-            if own_line and isinstance(first, ast.Expr) and isinstance(getattr(first.value, "value", None), str):
-                lines[first.lineno - 1 : first.end_lineno] = [""] * (first.end_lineno - first.lineno + 1)
-    text = "\n".join(lines)
-    for token in tokenize.generate_tokens(io.StringIO(text).readline):
-        if token.type == tokenize.COMMENT:
-            lines[token.start[0] - 1] = lines[token.start[0] - 1][: token.start[1]]
-    return "\n".join(line.rstrip() for line in lines if line.strip())

@@ -9,42 +9,54 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
 
-from iasvit.errors import IasvitError
+from iasvit.benchmark.task import Row, data_set
+from iasvit.errors import IasvitError, StorageError, reason
+from iasvit.files import atomic_write
 
-Row = dict[str, Any]
+SCHEMA = 2
 
 # A row's columns are IDENTITY, the task's metrics, fp_<metric> of its primary metrics, COST, PROVENANCE.
 IDENTITY = (
-    *("task", "dataset", "split_size", "model", "weights", "method", "w_bits", "a_bits", "spec", "seed"),
-    *("calib_size", "options"),
+    *("schema_version", "task", "dataset", "split_size", "data_fingerprint", "config_fingerprint", "model", "weights"),
+    *("method", "w_bits", "a_bits", "spec", "seed", "calib_size", "options", "method_version", "task_version"),
+    *("data_kind", "data_description"),
 )
 COST = (
     *("iterations", "calibration_seconds", "reconstruction_seconds", "quantization_seconds", "evaluation_seconds"),
     *("images_per_second", "peak_memory_mib", "model_bytes", "packed_bytes"),
 )
 PROVENANCE = (
-    *("device", "threads", "python", "torch", "timm", "iasvit", "git_commit", "spec_hash", "code_hash", "command"),
+    *("model_file", "device", "threads", "python", "torch", "timm", "iasvit", "git_commit", "spec_hash", "command"),
     *("status", "reason", "time"),
 )
 _FIXED = (*IDENTITY, *COST, *PROVENANCE)
-_REQUIRED_INTEGERS = frozenset({"split_size", "w_bits", "a_bits", "seed", "calib_size"})
-_INTEGERS = _REQUIRED_INTEGERS | {"iterations", "model_bytes", "packed_bytes", "threads"}
-_TEXTS = frozenset(_FIXED) - _INTEGERS - {name for name in COST if name.endswith(("_seconds", "_second", "_mib"))}
+# Without these a row says nothing; a file may lack any other column.
+_NEEDED_INTEGERS = ("split_size", "w_bits", "a_bits", "seed", "calib_size")
+_NEEDED = ("task", "dataset", "model", "method", "spec", *_NEEDED_INTEGERS, "status", "time")
+_VERSIONS = ("schema_version", "method_version", "task_version")  # 1 where they are missing
+_INTEGERS = frozenset({*_NEEDED_INTEGERS, *_VERSIONS, "iterations", "model_bytes", "packed_bytes", "threads"})
+_TEXTS = frozenset({*IDENTITY, *PROVENANCE}) - _INTEGERS
 _TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ")
 
 
 class Key(NamedTuple):
-    """Everything that decides a cell's number; of rows with equal keys the latest counts."""
+    """Everything that decides a cell's number; of rows with equal keys the latest counts.
+
+    An empty `data_fingerprint` is that of a row of schema 1: on which data it was measured, and by which configuration,
+    is unknown, and equals nothing that is known.
+    """
 
     task: str
     dataset: str
     split_size: int
+    data_fingerprint: str
+    config_fingerprint: str
     model: str
     weights: str
     method: str
@@ -57,6 +69,27 @@ class Key(NamedTuple):
     def of(cls, row: Mapping[str, Any]) -> Key:
         """The key of a stored row."""
         return cls(*(row[name] for name in cls._fields))
+
+    def unknown(self) -> Key:
+        """The key of the same cell on unknown data."""
+        return self._replace(data_fingerprint="", config_fingerprint="")
+
+
+Fields = dict[str, str]  # a row as its file has it
+
+# Code hashes, as rows of schema 1 have them, of methods that were at another version than 1 before there were versions.
+_METHOD_VERSIONS = {"881b4cd77ef7": "2", "1204304ae2c6": "2"}
+
+
+def _from_1(fields: Fields) -> Fields:
+    """Schema 2 has fingerprints, unknown here, versions in place of the code's hash, and the kind of data."""
+    data = data_set(fields["task"], fields["dataset"])
+    method_version = _METHOD_VERSIONS.get(fields.pop("code_hash", ""), "1")
+    new = {"method_version": method_version, "data_kind": data.kind, "data_description": data.description}
+    return {**fields, **new, "schema_version": "2"}
+
+
+UPGRADES: dict[int, Callable[[Fields], Fields]] = {1: _from_1}  # from this schema to the next
 
 
 def format_options(options: Iterable[tuple[str, Any]]) -> str:
@@ -92,25 +125,39 @@ def _split(line: str) -> list[str]:
     return next(csv.reader([line], strict=True), [])
 
 
-def _value(name: str, text: str) -> Any:
+def _value(name: str, text: str, header: Iterable[str]) -> Any:
     if name in _TEXTS:
         return text
-    if not text and name not in _REQUIRED_INTEGERS:
-        return None
-    return int(text) if name in _INTEGERS else float(text)
+    if not text and name not in _NEEDED_INTEGERS:
+        return 1 if name in _VERSIONS else None
+    if name in _INTEGERS:
+        return int(text)
+    if name not in COST and not name.startswith("fp_") and f"fp_{name}" not in header:
+        with suppress(ValueError):
+            return float(text)
+        return text  # a column of a later version of this program
+    return float(text)
+
+
+def _fields(header: list[str], line: str) -> Fields:
+    """A line's fields in the present schema; raises ValueError (or csv.Error) saying what is wrong with the line."""
+    texts = _split(line)
+    if len(texts) != len(header):
+        raise ValueError(f"it has {len(texts)} fields, but the header has {len(header)}")
+    fields = dict(zip(header, texts, strict=True))
+    if fields["status"] not in ("ok", "failed"):
+        raise ValueError(f"its status is {fields['status']!r}, but ok or failed is expected")
+    if not _TIME.fullmatch(fields["time"]):
+        raise ValueError(f"its time is {fields['time']!r}, but one such as 2026-01-31T12:00:00Z is expected")
+    while (schema := int(fields.get("schema_version") or 1)) in UPGRADES:
+        fields = UPGRADES[schema](fields)
+    return fields
 
 
 def _parse(header: list[str], line: str) -> Row:
-    """Raises ValueError (or csv.Error) saying what is wrong with the line."""
-    fields = _split(line)
-    if len(fields) != len(header):
-        raise ValueError(f"it has {len(fields)} fields, but the header has {len(header)}")
-    row = {name: _value(name, text) for name, text in zip(header, fields, strict=True)}
-    if row["status"] not in ("ok", "failed"):
-        raise ValueError(f"its status is {row['status']!r}, but ok or failed is expected")
-    if not _TIME.fullmatch(row["time"]):
-        raise ValueError(f"its time is {row['time']!r}, but one such as 2026-01-31T12:00:00Z is expected")
-    return row
+    """A line's row, with a default for each column that its file lacks; raises as `_fields` does."""
+    fields = _fields(header, line)
+    return {name: _value(name, fields.get(name, ""), header) for name in _columns(fields)}
 
 
 def read_rows(path: Path) -> tuple[list[Row], list[str]]:
@@ -127,7 +174,7 @@ def read_rows(path: Path) -> tuple[list[Row], list[str]]:
             fcntl.flock(file, fcntl.LOCK_SH)  # not between the halves of a row that another process appends
             data = file.read()
     except OSError as error:
-        raise IasvitError(f"{path} cannot be read: {error.strerror or error}") from error
+        raise IasvitError(f"{path} cannot be read: {reason(error)}") from error
     rows: list[Row] = []
     problems: list[str] = []
     lines = data.split(b"\n")
@@ -142,7 +189,7 @@ def read_rows(path: Path) -> tuple[list[Row], list[str]]:
                 rows.append(_parse(header, line))
                 continue
             header = _split(line)
-            if missing := [name for name in _FIXED if name not in header]:
+            if missing := [name for name in _NEEDED if name not in header]:
                 return [], [f"{path} line 1 is no header of a result file (no column {missing[0]!r}); file left out"]
         except (ValueError, csv.Error) as error:
             if header is None:
@@ -153,13 +200,17 @@ def read_rows(path: Path) -> tuple[list[Row], list[str]]:
 
 
 def latest(rows: Iterable[Row]) -> list[Row]:
-    """Of rows with equal keys the latest, by time and then by order; in order of first appearance."""
+    """Of rows with equal keys the latest, by time and then by order; in order of first appearance.
+
+    A row on unknown data is left out where there is one of the same cell on data that is known.
+    """
     kept: dict[Key, Row] = {}
     for row in rows:
         key = Key.of(row)
         if key not in kept or row["time"] >= kept[key]["time"]:
             kept[key] = row
-    return list(kept.values())
+    known = {key.unknown() for key in kept if key.data_fingerprint}
+    return [row for key, row in kept.items() if key.data_fingerprint or key.unknown() not in known]
 
 
 def warn(message: str) -> None:
@@ -227,13 +278,14 @@ class ResultStore:
                     header = _columns(row)
                     _write(file, size, _line(header) + _line(row.get(name) for name in header))
                 elif any(name not in header for name in row):
-                    _widen(path, _columns(header, row), row)
+                    _rewrite(path, row)
                 else:
                     whole = os.pread(file, 1, size - 1) == b"\n"
                     _write(file, size, ("" if whole else "\n") + _line(row.get(name) for name in header))
         except OSError as error:
-            reason = error.strerror or error
-            raise IasvitError(f"{path} cannot be written: {reason}; free space or choose another folder") from error
+            raise StorageError(
+                f"{path} cannot be written: {reason(error)}; free space or choose another folder"
+            ) from error
 
     def _rows(self, path: Path) -> list[Row]:
         try:
@@ -280,7 +332,7 @@ def _header(file: int, path: Path) -> list[str]:
         header = _split(raw.decode().rstrip("\r\n"))
     except (ValueError, csv.Error):
         header = []
-    if any(name not in header for name in _FIXED):
+    if any(name not in header for name in _NEEDED):
         raise IasvitError(f"{path} line 1 is no header of a result file; move the file away or choose another folder")
     return header
 
@@ -298,8 +350,8 @@ def _write(file: int, size: int, text: str) -> None:
         raise
 
 
-def _widen(path: Path, header: list[str], row: Row) -> None:
-    """Replace a result file by one with more columns, empty in the rows it has, and with one more row.
+def _rewrite(path: Path, row: Row) -> None:
+    """Replace a result file by one in the present schema with one more row, and with all columns of both.
 
     Lines that cannot be read stay as they are.
     """
@@ -307,19 +359,16 @@ def _widen(path: Path, header: list[str], row: Row) -> None:
     if not lines[-1]:
         lines.pop()
     old = _split(lines[0].rstrip("\r"))
-    written = [_line(header)]
+    read: list[Fields | str] = []
     for line in lines[1:]:
         try:
             _parse(old, line.rstrip("\r"))
+            read.append(_fields(old, line.rstrip("\r")))
         except (ValueError, csv.Error):
-            written.append(line + "\n")
-            continue
-        fields = dict(zip(old, _split(line.rstrip("\r")), strict=True))
-        written.append(_line(fields.get(name) for name in header))
+            read.append(line + "\n")
+    header = _columns(*(fields for fields in read if isinstance(fields, dict)), row)
+    written = [_line(header)]
+    for line in read:
+        written.append(line if isinstance(line, str) else _line(line.get(name) for name in header))
     written.append(_line(row.get(name) for name in header))
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        beside.write_bytes("".join(written).encode(errors="surrogateescape"))
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    atomic_write(path, "".join(written).encode(errors="surrogateescape"))

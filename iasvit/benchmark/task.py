@@ -5,13 +5,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, ClassVar
-
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from iasvit.errors import IasvitError
-from iasvit.progress import Progress
+
+if TYPE_CHECKING:  # to list tasks must not import torch
+    from torch import Tensor, nn
+    from typer import Typer
+
+    from iasvit.progress import Progress
 
 GROUP = "iasvit.tasks"
 Row = dict[str, Any]
@@ -71,6 +75,7 @@ class Task(ABC):
         metrics: what `score` returns, the primary ones first. Of the class, so that tables know them without data.
         version: raised, with a line in `changelog`, whenever the task's numbers change.
         changelog: version → what changed the numbers; version 1 need not be in it.
+        data_sets: data sets by name, as far as they are known beforehand; any other is real data.
         data: what this instance runs on.
         split_size: images evaluated.
     """
@@ -79,6 +84,7 @@ class Task(ABC):
     metrics: ClassVar[tuple[Metric, ...]]
     version: ClassVar[int] = 1
     changelog: ClassVar[dict[int, str]] = {}
+    data_sets: ClassVar[dict[str, DataSet]] = {}
     data: DataSet
     split_size: int
 
@@ -86,6 +92,20 @@ class Task(ABC):
     def scored(self) -> tuple[Metric, ...]:
         """Those of `metrics` that this instance scores: all, unless the data has no labels, say."""
         return self.metrics
+
+    @property
+    def primary(self) -> tuple[Metric, ...]:
+        """The primary ones of `scored`, or else its first."""
+        return tuple(metric for metric in self.scored if metric.primary) or self.scored[:1]
+
+    @classmethod
+    def command(cls) -> Typer:
+        """The app behind `iasvit run <name>`.
+
+        Raises:
+            IasvitError: the task has none.
+        """
+        raise IasvitError(f"task {cls.name!r} has no command")
 
     @abstractmethod
     def load_model(self, model: str) -> nn.Module:
@@ -148,3 +168,18 @@ def load_task_class(name: str) -> type[Task]:
             f"task {name!r} is registered as {entries[name].value}, but loading that failed: {error}; "
             "mend or uninstall the package that registers it"
         ) from error
+
+
+@cache
+def find_task_class(name: str) -> type[Task] | None:
+    """The class of a task, or None where it is not installed or cannot be loaded."""
+    try:
+        return load_task_class(name)
+    except IasvitError:
+        return None
+
+
+def data_set(task: str, name: str) -> DataSet:
+    """The data set of this name; real data unless the task is installed and says otherwise."""
+    cls = find_task_class(task)
+    return (cls.data_sets if cls else {}).get(name, DataSet(name))

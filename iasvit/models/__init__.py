@@ -3,11 +3,22 @@
 A method sees what an adapter returns (`Segment`, `NormLinearPair`, `Site`), never a class of timm or mmdet.
 """
 
-from iasvit.models.base import Activation, NormLinearPair, Segment, Site
-from iasvit.models.registry import adapter_for, build, describe, find_pairs, insert_quantizers, segments
+from iasvit.models.base import Activation, Adapter, Inserter, NormLinearPair, Segment, Site
+from iasvit.models.registry import (
+    adapter_for,
+    build,
+    describe,
+    find_pairs,
+    insert_quantizers,
+    list_families,
+    prepare,
+    segments,
+)
 
 __all__ = [
     "Activation",
+    "Adapter",
+    "Inserter",
     "NormLinearPair",
     "Segment",
     "Site",
@@ -16,5 +27,7 @@ __all__ = [
     "describe",
     "find_pairs",
     "insert_quantizers",
+    "list_families",
+    "prepare",
     "segments",
 ]

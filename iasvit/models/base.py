@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -90,6 +92,40 @@ class Segment:
             for name, module in root.named_modules()
             if isinstance(module, Quantizer) and (name.rpartition(".")[2] == "weight_quantizer") == weights
         ]
+
+
+class Adapter(ABC):
+    """What makes one family of models quantizable. Registered in a package's metadata, under a name that begins with
+    the package that the models' class comes from:
+
+        [project.entry-points."iasvit.models"]
+        "my_package.my_family" = "my_module:MyAdapter"
+
+    Attributes:
+        model_class: the class of the family's models.
+    """
+
+    model_class: type[nn.Module]
+
+    @abstractmethod
+    def insert(self, model: nn.Module, inserter: Inserter) -> None:
+        """Replace layers and products by quantized ones, in place."""
+
+    @abstractmethod
+    def segments(self, model: nn.Module) -> list[Segment]:
+        """The chain of segments that computes model(images), of a float or quantizable model."""
+
+    def pairs(self, model: nn.Module) -> list[NormLinearPair]:
+        """LayerNorm→Linear pairs of a quantizable model; none unless the family says which."""
+        return []
+
+    @abstractmethod
+    def describe(self, model: nn.Module) -> dict[str, Any]:
+        """JSON types from which `build` makes an equal model of random weights."""
+
+    @abstractmethod
+    def build(self, description: dict[str, Any]) -> nn.Module:
+        """See `describe`."""
 
 
 QuantizerFactory = Callable[[Site], Quantizer]

@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from iasvit.errors import IasvitError
 from iasvit.models.attention import explicit_attention
-from iasvit.models.base import Inserter, NormLinearPair, Segment
+from iasvit.models.base import Adapter, Inserter, NormLinearPair, Segment
 from iasvit.models.blocks import require
 from iasvit.models.mmdet_heads import check_heads, flat, label_scores, run_heads
 from iasvit.nn import QuantMatMul
@@ -31,7 +31,7 @@ HEADS = ("neck", "rpn_head", "roi_head")
 _FLOAT = (nn.ConvTranspose2d, nn.LayerNorm, nn.GroupNorm, _BatchNorm)
 
 
-class DetectorAdapter:
+class DetectorAdapter(Adapter):
     """Two-stage detectors of mmdet with its SwinTransformer, an RPNHead and a standard or cascaded RoI head.
 
     The blocks of the backbone are segments of their own. Neck and heads are the last segment, which is calibrated and

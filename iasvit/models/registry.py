@@ -1,69 +1,72 @@
-"""Which adapter knows which model, and what is asked of any model through its adapter."""
+"""Which adapter knows which model, found by entry point, and what is asked of any model through its adapter."""
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import Any, Protocol
+import copy
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
 
 from torch import nn
 
 from iasvit.errors import IasvitError
-from iasvit.models.base import Inserter, NormLinearPair, QuantizerFactory, Segment
-from iasvit.models.swin import SwinAdapter
-from iasvit.models.vit import ViTAdapter
+from iasvit.models.base import Adapter, Inserter, NormLinearPair, QuantizerFactory, Segment
 from iasvit.nn import QuantConv2d, QuantLinear
 from iasvit.spec import QuantSpec
 
-
-class Adapter(Protocol):
-    """What makes one family of models quantizable."""
-
-    model_class: type[nn.Module]
-
-    def insert(self, model: nn.Module, inserter: Inserter) -> None:
-        """Replace layers and products by quantized ones, in place."""
-
-    def pairs(self, model: nn.Module) -> list[NormLinearPair]:
-        """LayerNorm→Linear pairs of a quantizable model."""
-
-    def segments(self, model: nn.Module) -> list[Segment]:
-        """The chain of segments that computes model(images), of a float or quantizable model."""
-
-    def describe(self, model: nn.Module) -> dict[str, Any]:
-        """JSON types from which `build` makes an equal model of random weights."""
-
-    def build(self, description: dict[str, Any]) -> nn.Module:
-        """See `describe`."""
+GROUP = "iasvit.models"
 
 
-ADAPTERS: tuple[Adapter, ...] = (ViTAdapter(), SwinAdapter())
-# Adapters of models whose package is optional: its name → module and class, imported when such a model comes.
-_OPTIONAL = {"mmdet": ("iasvit.models.mmdet_detector", "DetectorAdapter")}
+def _entries() -> list[EntryPoint]:
+    return sorted(entry_points(group=GROUP), key=lambda entry: entry.name)
+
+
+def list_families() -> list[str]:
+    """Names of all registered model families, sorted: "timm.swin", "timm.vit"."""
+    return [entry.name for entry in _entries()]
+
+
+def _load(entry: EntryPoint) -> Adapter:
+    try:
+        return entry.load()()
+    except (ImportError, AttributeError) as error:
+        raise IasvitError(
+            f"model family {entry.name!r} is registered as {entry.value}, but loading that failed: {error}; "
+            "mend or uninstall the package that registers it"
+        ) from error
 
 
 def adapter_for(model: nn.Module) -> Adapter:
-    """The adapter of a model.
+    """The adapter of a model. Only adapters of packages that the model's class or its bases come from are imported.
 
     Raises:
-        IasvitError: no adapter knows its class; the message says which are known.
+        IasvitError: no adapter knows its class (the message says which families there are), or one cannot be imported.
     """
     packages = {cls.__module__.partition(".")[0] for cls in type(model).__mro__}
-    for adapter in (*ADAPTERS, *(_optional(package) for package in _OPTIONAL if package in packages)):
-        if isinstance(model, adapter.model_class):
-            return adapter
-    known = ", ".join(adapter.model_class.__name__ for adapter in ADAPTERS)
+    for entry in _entries():
+        if entry.name.partition(".")[0] in packages:
+            adapter = _load(entry)
+            if isinstance(model, adapter.model_class):
+                return adapter
     raise IasvitError(
-        f"model {type(model).__name__} has no supported attention; supported are timm's {known} and mmdet's two-stage "
-        "detectors with a Swin backbone"
+        f"model {type(model).__name__} has no supported attention: it is of none of the families "
+        f"{', '.join(list_families())}"
     )
 
 
-def _optional(package: str) -> Adapter:
-    module, name = _OPTIONAL[package]
-    try:
-        return getattr(import_module(module), name)()
-    except ImportError as error:
-        raise IasvitError(f"{package} cannot be imported: {error}") from error
+def prepare(model: nn.Module, spec: QuantSpec, weight: QuantizerFactory, activation: QuantizerFactory) -> nn.Module:
+    """A quantizable copy of a model, which is left untouched; what every method begins with.
+
+    Args:
+        model: a model that an adapter knows, in full precision.
+        spec, weight, activation: see `insert_quantizers`.
+
+    Returns:
+        The copy, every quantizer enabled and none calibrated yet, no parameter requiring a gradient.
+
+    Raises:
+        IasvitError: as `insert_quantizers`.
+    """
+    return insert_quantizers(copy.deepcopy(model), spec, weight, activation).requires_grad_(False)
 
 
 def insert_quantizers(
@@ -134,10 +137,7 @@ def build(description: dict[str, Any]) -> nn.Module:
     """
     arguments = dict(description)
     name = arguments.pop("adapter", None)
-    for adapter in ADAPTERS:
-        if type(adapter).__name__ == name:
-            return adapter.build(arguments).eval()
-    for package, (_, adapter_name) in _OPTIONAL.items():
-        if adapter_name == name:
-            return _optional(package).build(arguments).eval()
+    for entry in _entries():
+        if entry.value.rpartition(":")[2] == name:
+            return _load(entry).build(arguments).eval()
     raise IasvitError(f"the file's architecture {name!r} is not known to this version of iasvit")

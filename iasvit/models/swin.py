@@ -9,11 +9,11 @@ import torch
 from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, WindowAttention
 from torch import Tensor, nn
 
-from iasvit.models.base import Inserter, NormLinearPair, Segment
+from iasvit.models.base import Adapter, Inserter, NormLinearPair, Segment
 from iasvit.models.blocks import block_pairs, check_block, insert_block, mlp_ratio, set_eps
 
 
-class SwinAdapter:
+class SwinAdapter(Adapter):
     """Swin Transformer of timm: shifted-window attention, patch merging between stages."""
 
     model_class = SwinTransformer

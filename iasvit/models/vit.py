@@ -9,11 +9,11 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
-from iasvit.models.base import Inserter, NormLinearPair, Segment
+from iasvit.models.base import Adapter, Inserter, NormLinearPair, Segment
 from iasvit.models.blocks import activation_class, block_pairs, check_block, insert_block, mlp_ratio, require, set_eps
 
 
-class ViTAdapter:
+class ViTAdapter(Adapter):
     """ViT, DeiT (VisionTransformer) and distilled DeiT (VisionTransformerDistilled) of timm."""
 
     model_class = VisionTransformer

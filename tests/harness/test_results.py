@@ -52,6 +52,7 @@ def test_rows_of_a_task_and_data_set_share_a_file(store: ResultStore) -> None:
     "change",
     [
         *({"task": "other"}, {"dataset": "x"}, {"split_size": 5}, {"model": "vit_b"}, {"weights": "file"}),
+        *({"data_fingerprint": "d2"}, {"config_fingerprint": "c2"}),
         *({"method": "x"}, {"spec": "W4A4"}, {"seed": 1}, {"calib_size": 9}, {"options": "lr=1"}),
     ],
 )
@@ -229,8 +230,8 @@ def test_any_text_survives(tmp_path_factory: pytest.TempPathFactory, text: str) 
 
 def test_a_row_that_lacks_a_column_is_refused(store: ResultStore) -> None:
     row = make_row()
-    del row["code_hash"]
-    with pytest.raises(IasvitError, match="code_hash"):
+    del row["git_commit"]
+    with pytest.raises(IasvitError, match="git_commit"):
         store.append(row)
     assert not store.folder.exists()
 
@@ -264,7 +265,7 @@ def test_a_full_disk_leaves_the_file_as_it_was(tmp_path: Path, store: ResultStor
         [sys.executable, "-c", _FULL_DISK, str(store.folder)],
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])},
         check=True,
     )
     assert run.stdout.count("cannot be written") == 2
