@@ -160,7 +160,7 @@ def coco(
 
     Rows go to a CSV file as cells are done; a cell that is stored already is skipped, an interrupted one goes on.
     """
-    command.print_warnings()
+    command.print_logs()
     if config is not None and (backbone or detector):
         raise IasvitError("--config names a detector with its backbone; --detector and --backbone do not go with it")
     models = [config.stem] if config is not None else model_names(detector, backbone, data)

@@ -262,15 +262,17 @@ def run(
     raise typer.Exit(exit_status(rows))
 
 
-class _Warnings(logging.Handler):
-    """Prints records on standard error as "warning: …"."""
+class _Lines(logging.Handler):
+    """Prints records on standard error: "warning: …", and what is only told as it is."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(f"{record.levelname.lower()}: {record.getMessage()}", file=sys.stderr, flush=True)
+        level = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
+        print(f"{level}{record.getMessage()}", file=sys.stderr, flush=True)
 
 
-def print_warnings() -> None:
-    """Let the tasks' loggers print their warnings on standard error; a second call does nothing."""
+def print_logs(level: int = logging.WARNING) -> None:
+    """Let the tasks' loggers print what is of this level or above on standard error."""
     logger = logging.getLogger("tasks")
-    if not any(isinstance(handler, _Warnings) for handler in logger.handlers):
-        logger.addHandler(_Warnings())
+    logger.setLevel(level)
+    if not any(isinstance(handler, _Lines) for handler in logger.handlers):
+        logger.addHandler(_Lines())

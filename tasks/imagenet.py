@@ -196,7 +196,7 @@ def imagenet(
 
     Rows go to a CSV file as cells are done; a cell that is stored already is skipped, an interrupted one goes on.
     """
-    command.print_warnings()
+    command.print_logs()
     at_least("--img-size", img_size, 1)
     profile = find_source(data).profile
     backbones, specs = unique(backbone or profile.models), unique([QuantSpec.parse(text) for text in bits])

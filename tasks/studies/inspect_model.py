@@ -17,7 +17,7 @@ from iasvit.inspection import layer_errors, quantizer_table, with_same_names
 from iasvit.leaderboard.plots import inspection
 from iasvit.methods import method_options
 from tasks.classification.setup import find_source, make_setup
-from tasks.command import at_least, make_device, print_warnings
+from tasks.command import at_least, make_device, print_logs
 from tasks.imagenet import ImageNetTask
 
 app = make_app()
@@ -38,7 +38,7 @@ def inspect(
     out: Annotated[Path | None, typer.Option(help="folder for the table as CSV and the plot as SVG")] = None,
 ) -> None:
     """Print ranges, channel spread, attention tail, quantizer, bits and error of every layer."""
-    print_warnings()
+    print_logs()
     at_least("--images", images, 1)
     task = ImageNetTask(
         make_setup(

@@ -28,7 +28,7 @@ from iasvit.progress import Progress
 from iasvit.quantizers import SOFTMAX_QUANTIZERS, Quantizer, UniformQuantizer
 from iasvit.spec import QuantSpec
 from tasks.classification.setup import find_source, make_setup
-from tasks.command import at_least, check_models, make_device, print_warnings, unique
+from tasks.command import at_least, check_models, make_device, print_logs, unique
 from tasks.imagenet import ImageNetTask
 
 METRICS = ("top1", "agreement", "cosine")
@@ -106,7 +106,7 @@ def softmax(
     out: Annotated[Path, typer.Option(help="CSV file, written anew.")] = Path("results/softmax.csv"),
 ) -> None:
     """A row (model, quantizer, n_bits, images, top1, agreement, cosine) for each quantizer."""
-    print_warnings()
+    print_logs()
     at_least("--calib-size", calib_size, 1)
     names = unique(backbone or find_source(data).profile.models)
     task = ImageNetTask(make_setup(data, data_root, checkpoint=checkpoint, device=make_device(device), limit=limit))

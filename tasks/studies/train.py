@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import fcntl
+import logging
 import math
 import multiprocessing
 import os
@@ -31,8 +32,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from iasvit.errors import IasvitError
+from tasks.command import print_logs
 from tasks.mini import zoo
+from tasks.studies.optimization import make_optimizer, make_schedule
 
+logger = logging.getLogger(__name__)
 VAL_IMAGES = 5000
 LOG_NAME = "training.csv"
 LOG_COLUMNS = (
@@ -202,23 +206,6 @@ class Batches(nn.Module):
 # ---- training ------------------------------------------------------------------------------------------------------
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """AdamW's groups: weights of two dimensions or more decay, but not embeddings and position biases."""
-    spared = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
-    decay, plain = [], []
-    for name, parameter in model.named_parameters():
-        keep = parameter.ndim <= 1 or name in spared or name.endswith("relative_position_bias_table")
-        (plain if keep else decay).append(parameter)
-    return [{"params": decay, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-
-
-def learning_rate(recipe: Recipe, progress: float) -> float:
-    """Linear warm-up over the first `recipe.warmup` of the run, then cosine to 0; progress in [0, 1]."""
-    if progress < recipe.warmup:
-        return recipe.lr * (progress + 1e-3) / recipe.warmup
-    return recipe.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - recipe.warmup) / (1 - recipe.warmup))))
-
-
 def _compile_blocks(model: nn.Module) -> None:
     """Compile block by block: equal blocks share one compilation, so 24 of them take seconds, not minutes."""
     import torch._dynamo
@@ -243,12 +230,11 @@ class Stepper:
         recipe, self.cuda = run.recipe, labels.is_cuda
         self.index = torch.zeros(recipe.batch_size, dtype=torch.int64, device=labels.device)
         self.loss = torch.zeros((), device=labels.device)  # of the last step
-        # A learning rate in a tensor is read by the captured graph at each replay.
-        lr = torch.zeros((), device=labels.device) if self.cuda else 0.0
         kind = {"fused": True, "capturable": True} if self.cuda else {}
-        self.optimizer = torch.optim.AdamW(
-            parameter_groups(model, recipe.weight_decay), lr=lr, betas=(0.9, recipe.beta2), **kind
-        )
+        self.optimizer = make_optimizer(model, recipe, betas=(0.9, recipe.beta2), **kind)
+        self.schedule = make_schedule(self.optimizer, recipe)
+        # A learning rate in a tensor is read by the captured graph at each replay.
+        self.lr = torch.zeros((), device=labels.device)
         self.parameters = list(model.parameters())
         self.cuda_graph: torch.cuda.CUDAGraph | None = None
         self.count = 0
@@ -277,16 +263,18 @@ class Stepper:
                 self._step()
             self.cuda_graph = graph
         except RuntimeError as error:
-            say(self.run, f"CUDA graph capture failed, going on without: {str(error).splitlines()[0]}")
+            logger.warning(
+                "%s: CUDA graph capture failed, going on without: %s", self.run.backbone, str(error).splitlines()[0]
+            )
 
-    def __call__(self, index: Tensor, lr: float) -> None:
-        """Train on the images of these numbers (int64 batch_size, CPU)."""
+    def __call__(self, index: Tensor, progress: float) -> None:
+        """Train on the images of these numbers (int64 batch_size, CPU); the run is at `progress`, from 0 to 1."""
         self.index.copy_(index, non_blocking=True)
-        for group in self.optimizer.param_groups:
-            if self.cuda:
-                group["lr"].fill_(lr)
-            else:
-                group["lr"] = lr
+        self.schedule.step_update(progress)
+        if self.cuda:
+            self.lr.fill_(self.optimizer.param_groups[0]["lr"])
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.lr
         if self.cuda and self.run.graph and self.count == self.WARMUP:
             self._capture()
         if self.cuda_graph is not None:
@@ -307,15 +295,12 @@ class Stepper:
         except Exception as error:
             if not self.run.compile or self.count > 0:
                 raise
-            say(self.run, f"torch.compile failed, going on without: {str(error).splitlines()[0]}")
+            logger.warning(
+                "%s: torch.compile failed, going on without: %s", self.run.backbone, str(error).splitlines()[0]
+            )
             for module in self.model.modules():
                 module._compiled_call_impl = None  # what Module.compile sets
             self._step()
-
-
-def say(run: Run, text: str) -> None:
-    """One progress line on standard error."""
-    print(f"{run.backbone:7s} {text}", file=sys.stderr, flush=True)
 
 
 @torch.inference_mode()
@@ -362,7 +347,10 @@ def _evaluate(
     metadata = {key: value for key, value in row.items() if key != "seconds"}
     metadata |= {"recipe": dataclasses.asdict(run.recipe), "val_images": len(val[0]), "torch": torch.__version__}
     zoo.save(stored, zoo.checkpoint_path(run.backbone, run.out), metadata)
-    say(run, f"step {row['step']}  top-1 {top1:.2f} on {len(val[0])} validation images, loss {row['train_loss']}")
+    logger.info(
+        f"{run.backbone:7s} step {row['step']}  top-1 {top1:.2f} on {len(val[0])} validation images, "
+        f"loss {row['train_loss']}"
+    )
     return top1
 
 
@@ -420,7 +408,7 @@ def train(run: Run, data: Path) -> float:
         progress, evaluated, top1, said, said_step = 0.0, 0, 0.0, start, 0
         losses: list[float] = []
         for step, index in enumerate(permutations(len(images), recipe.batch_size, seed), 1):
-            step_once(index, learning_rate(recipe, progress))
+            step_once(index, progress)
             if step % 10 == 0 or step == steps:
                 losses.append(float(step_once.loss))  # waits for the device: the clock reads finished work
                 if not math.isfinite(losses[-1]):
@@ -431,10 +419,10 @@ def train(run: Run, data: Path) -> float:
             now = time.time()
             if losses and now - said >= run.report_seconds:
                 rate = (step - said_step) * recipe.batch_size / (now - said)
-                say(
-                    run,
-                    f"{now - start:5.0f} s  step {step}  {progress:4.0%}  lr {learning_rate(recipe, progress):.1e}  "
-                    f"loss {losses[-1]:.3f}  {rate:.0f} images/s",
+                logger.info(
+                    f"{run.backbone:7s} {now - start:5.0f} s  step {step}  {progress:4.0%}  "
+                    f"lr {float(step_once.optimizer.param_groups[0]['lr']):.1e}  loss {losses[-1]:.3f}  "
+                    f"{rate:.0f} images/s"
                 )
                 said, said_step = now, step
             if int(progress * run.evaluations) > evaluated or progress >= 1:
@@ -458,11 +446,12 @@ def train(run: Run, data: Path) -> float:
 
 
 def _train_in_process(run: Run, data: Path) -> None:
+    print_logs(logging.INFO)
     torch.set_num_threads(1)  # the device does the work
     try:
         train(run, data)
     except IasvitError as error:
-        say(run, f"error: {error}")
+        logger.error("%s: %s", run.backbone, error)
         sys.exit(2)
 
 
@@ -561,7 +550,7 @@ def run_all(options: argparse.Namespace) -> None:
         start = time.time()
         for split, count in (("train", options.train_images), ("val", options.val_images)):
             render_split(Path(folder), split, count, options.workers)
-        print(f"scenes rendered in {time.time() - start:.0f} s", file=sys.stderr, flush=True)
+        logger.info("scenes rendered in %.0f s", time.time() - start)
         if len(runs) > 1 and options.device.startswith("cuda"):
             _train_side_by_side(runs, Path(folder))
         else:
@@ -573,13 +562,14 @@ def run_all(options: argparse.Namespace) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0, 2 for bad input, 130 for Ctrl-C."""
+    print_logs(logging.INFO)
     try:
         run_all(parse(arguments))
     except IasvitError as error:
-        print(f"error: {error}", file=sys.stderr)
+        logger.error("%s", error)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; checkpoints hold the last evaluation", file=sys.stderr)
+        logger.warning("interrupted; checkpoints hold the last evaluation")
         return 130
     return 0
 

@@ -14,10 +14,10 @@ import argparse
 import csv
 import dataclasses
 import json
+import logging
 import math
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -30,12 +30,19 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 from torch import Tensor, nn
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher import LaunchConfig, elastic_launch
 
+from iasvit.cli import INTERRUPTED
 from iasvit.errors import IasvitError
+from tasks.command import print_logs
 from tasks.mini import detectors, zoo
 from tasks.mini.detection import IMAGE_SIZE, PackedScenes, pack
+from tasks.studies.optimization import make_optimizer, make_schedule
+
+logger = logging.getLogger(__name__)
 
 LOG_NAME = "detectors.csv"
 LOG_COLUMNS = (
@@ -168,22 +175,6 @@ def turned(
 # ---- training --------------------------------------------------------------------------------------------------------
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """AdamW's groups: weights of two dimensions or more decay, but not position biases."""
-    decay, plain = [], []
-    for name, parameter in model.named_parameters():
-        spared = parameter.ndim <= 1 or name.endswith("relative_position_bias_table")
-        (plain if spared else decay).append(parameter)
-    return [{"params": decay, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-
-
-def learning_rate(recipe: Recipe, progress: float) -> float:
-    """Linear warm-up over the first `recipe.warmup` of the run, then cosine to 0; progress in [0, 1]."""
-    if progress < recipe.warmup:
-        return recipe.lr * (progress + 1e-3) / recipe.warmup
-    return recipe.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - recipe.warmup) / (1 - recipe.warmup))))
-
-
 def average_gradients(parameters: list[nn.Parameter], processes: int) -> None:
     """Replace each gradient by its mean over the processes; through host memory, as they may share one device."""
     if processes == 1:
@@ -238,6 +229,7 @@ class Trainer:
         self.run, self.rank = run, rank
         self.device = torch.device(run.device)
         self.step, self.seconds, self.losses = 0, 0.0, []
+        self.interrupted = False
         self.state = _read_state(run)
         if self.state is None:
             self.model, self.origin = start_model(run)
@@ -246,9 +238,8 @@ class Trainer:
             self.model.load_state_dict(self.state["model"])
         self.model = self.model.to(self.device).train()
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            parameter_groups(self.model, run.recipe.weight_decay), lr=run.recipe.lr, fused=self.device.type == "cuda"
-        )
+        self.optimizer = make_optimizer(self.model, run.recipe, fused=self.device.type == "cuda")
+        self.schedule = make_schedule(self.optimizer, run.recipe)
         if self.state is not None:
             self.optimizer.load_state_dict(self.state["optimizer"])
             self.step, self.seconds = self.state["step"], self.state["seconds"]
@@ -270,8 +261,7 @@ class Trainer:
         recipe, number = self.run.recipe, (self.run.seed, self.step, self.rank)
         torch.manual_seed(int(np.random.SeedSequence(number).generate_state(1)[0]))
         batch = to_batch(scenes, recipe.flip, np.random.default_rng(number))
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(recipe, progress)
+        self.schedule.step_update(progress)
         data = self.model.data_preprocessor(batch, training=True)
         losses = self.model.loss(data["inputs"], data["data_samples"])
         loss, _ = self.model.parse_losses(losses)
@@ -303,14 +293,14 @@ class Trainer:
                 if self.rank == 0 and now - said >= run.report_seconds:
                     said = now
                     rate = (self.step - first) * run.recipe.batch_size / (now - began)
-                    _say(
-                        run,
-                        f"{self.seconds:6.0f} s  step {self.step}  {self.progress:4.0%}  loss "
-                        f"{np.mean(self.losses[-50:]):.3f}  {rate:.1f} images/s",
+                    logger.info(
+                        f"{run.detector} {self.seconds:6.0f} s  step {self.step}  {self.progress:4.0%}  loss "
+                        f"{np.mean(self.losses[-50:]):.3f}  {rate:.1f} images/s"
                     )
                 if self.rank == 0 and now - saved >= run.save_seconds:
                     saved = now
                     self.save()
+            self.interrupted = bool(signals)
         prefetch.close()
         if self.rank == 0:
             self.save()
@@ -358,7 +348,9 @@ class Trainer:
         metadata |= {"recipe": dataclasses.asdict(run.recipe), "torch": torch.__version__}
         zoo.save(stored, detectors.checkpoint_path(run.detector, run.out), metadata)
         _log(run.out / LOG_NAME, row)
-        _say(run, f"step {self.step}  bbox_mAP {scores['bbox_mAP']:.1f}  segm_mAP {scores['segm_mAP']:.1f}")
+        logger.info(
+            f"{run.detector} step {self.step}  bbox_mAP {scores['bbox_mAP']:.1f}  segm_mAP {scores['segm_mAP']:.1f}"
+        )
         return scores
 
 
@@ -410,15 +402,13 @@ def _log(path: Path, row: dict[str, Any]) -> None:
         writer.writerow(row)
 
 
-def _say(run: Run, text: str) -> None:
-    print(f"{run.detector} {text}", file=sys.stderr, flush=True)
-
-
-def train(run: Run, rank: int = 0, port: int = 0) -> bool:
-    """One process of a run; whether the run has reached its end."""
+def train(run: Run) -> bool:
+    """One process of a run; whether the run has reached its end. torchrun's environment says which of several it is."""
+    rank = 0
     if run.processes > 1:
         torch.set_num_threads(1)
-        dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=run.processes)
+        dist.init_process_group("gloo")
+        rank = dist.get_rank()
     try:
         trainer = Trainer(run, rank)
         done = trainer.train()
@@ -429,14 +419,17 @@ def train(run: Run, rank: int = 0, port: int = 0) -> bool:
         trainer.finish(final=done)
         if done:
             run.state_path.unlink(missing_ok=True)
+    if trainer.interrupted and run.processes > 1:
+        sys.exit(INTERRUPTED)  # the launcher, told to stop too, would not take what is returned
     return done
 
 
-def _train_process(rank: int, run: Run, port: int) -> None:
+def _train_process(run: Run) -> None:
+    print_logs(logging.INFO)
     try:
-        train(run, rank, port)
+        train(run)
     except IasvitError as error:
-        _say(run, f"error: {error}")
+        logger.error("%s: %s", run.detector, error)
         sys.exit(2)
 
 
@@ -454,22 +447,23 @@ def run_all(run: Run) -> None:
     if run.processes == 1:
         train(run)
         return
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=_train_process, args=(rank, run, port)) for rank in range(run.processes)]
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=run.processes,
+        run_id=f"{run.detector}-{os.getpid()}",
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",  # a port that is free
+        max_restarts=0,
+    )
     try:
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join()
-    finally:
-        for process in processes:
-            if process.is_alive():
-                process.terminate()
-    if any(process.exitcode for process in processes):
-        raise IasvitError(f"training of {run.detector} failed; the message of the process that failed is above")
+        elastic_launch(config, _train_process)(run)
+    except SignalException:  # which the processes got too
+        logger.warning("interrupted; the same command again goes on where this one stopped")
+    except ChildFailedError:
+        raise IasvitError(
+            f"training of {run.detector} failed; the message of the process that failed is above"
+        ) from None
 
 
 # ---- command line ----------------------------------------------------------------------------------------------------
@@ -520,10 +514,11 @@ def parse(arguments: list[str] | None = None) -> Run:
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0, or 2 for bad input. Ctrl-C ends a run after its step, with its state saved."""
+    print_logs(logging.INFO)
     try:
         run_all(parse(arguments))
     except IasvitError as error:
-        print(f"error: {error}", file=sys.stderr)
+        logger.error("%s", error)
         return 2
     return 0
 

@@ -15,7 +15,6 @@ import torch
 from PIL import Image
 
 import iasvit
-import iasvit.models
 from iasvit.benchmark.results import ResultStore
 from iasvit.benchmark.task import EMBEDDED
 from iasvit.progress import Progress
@@ -90,7 +89,6 @@ def test_a_task_is_one_class(
     assert module.Stripes.data_sets["drawn"].kind == EMBEDDED
 
 
-@pytest.mark.skipif(not hasattr(iasvit.models, "Adapter"), reason="until model families are found by entry point")
 @pytest.mark.parametrize("module", [("adding-a-model-family.md", "patch_mlp")], indirect=True)
 def test_a_model_family_is_one_adapter(module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name, value = re.findall(r'^"(.*)" = "(.*)"$', code_block("adding-a-model-family.md", "toml"), re.MULTILINE)[0]

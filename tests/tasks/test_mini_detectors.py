@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +18,7 @@ from tasks.mini import detectors, zoo
 from tasks.mini.detection import IMAGE_SIZE, pack
 from tasks.mini.scenes import CLASSES
 from tasks.studies import train_detectors
+from tasks.studies.optimization import make_optimizer
 from tasks.studies.train_detectors import Recipe, Run, Trainer, scenes_of_step, to_batch, turned
 
 
@@ -260,13 +260,12 @@ def test_another_runs_state_is_refused(tmp_path: Path, monkeypatch: pytest.Monke
         train_detectors.run_all(small_run(tmp_path, steps=9, seed=1))
 
 
-def test_the_learning_rate_rises_and_falls_to_0() -> None:
-    recipe = Recipe(lr=1.0, warmup=0.1)
-    rates = [train_detectors.learning_rate(recipe, progress) for progress in np.linspace(0, 1, 101)]
-    assert rates[0] < 0.02
-    assert max(rates) == pytest.approx(1.0)
-    assert rates.index(max(rates)) == 10
-    assert math.isclose(rates[-1], 0, abs_tol=1e-9)
+def test_weight_decay_spares_norms_biases_and_positions() -> None:
+    model = detectors.build("mask_rcnn_swin_t")
+    optimizer = make_optimizer(model, Recipe(weight_decay=0.1))
+    decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        assert (id(parameter) in decayed) == (parameter.ndim > 1 and "position_bias" not in name), name
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from torch import nn
 
 from iasvit.errors import IasvitError
 from tasks.mini import hard, observation, scenes, zoo
-from tasks.studies import activations, train
+from tasks.studies import activations, optimization, train
 
 REFERENCE = Path(__file__).parents[3] / "shared" / "reference" / "real_vit_activations.csv"
 NAMES = list(zoo.MINI_BACKBONES)
@@ -266,8 +266,11 @@ def test_training_errors_are_sentences(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_learning_rate_warms_up_and_ends_at_zero() -> None:
-    recipe = train.Recipe(lr=1.0, warmup=0.1)
-    rates = [train.learning_rate(recipe, p) for p in np.linspace(0, 1, 101)]
+    optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule, rates = optimization.make_schedule(optimizer, train.Recipe(lr=1.0, warmup=0.1)), []
+    for progress in np.linspace(0, 1, 101):
+        schedule.step_update(progress)
+        rates.append(optimizer.param_groups[0]["lr"])
     assert rates[0] < 0.02
     assert max(rates) == rates[10] == 1.0
     assert all(a < b for a, b in itertools.pairwise(rates[:11]))
@@ -310,7 +313,9 @@ def test_augmentation_is_shift_and_flip() -> None:
 def test_weight_decay_spares_norms_biases_and_positions() -> None:
     for name in ("deit_t", "swin_t"):
         model = zoo.build(name)
-        decayed = {id(p) for p in train.parameter_groups(model, 0.1)[0]["params"]}
+        optimizer = optimization.make_optimizer(model, train.Recipe(weight_decay=0.1))
+        decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
+        assert {group["weight_decay"] for group in optimizer.param_groups} == {0.0, 0.1}
         for key, parameter in model.named_parameters():
             plain = parameter.ndim == 1 or key in ("pos_embed", "cls_token") or "position_bias" in key
             assert (id(parameter) in decayed) != plain, key
