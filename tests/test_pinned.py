@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -36,20 +36,26 @@ SEARCHING = {"candidates": 10, "rounds": 1}
 OPTIONS: dict[str, dict[str, Any]] = {"ias_vit": LEARNING, "base_ptq": SEARCHING, "ptq4vit": SEARCHING}
 
 # Largest changes that float order may make: relative for errors, percentage points for top-1.
-TOLERANCE = Numbers(0.02, 0.03, 0.25, 12.0)
+TOLERANCE = Numbers(0.005, 0.015, 0.25, 12.0)
 
 # (method, bits) → the method's version, and the numbers of that version.
 PINNED: dict[tuple[str, str], tuple[int, Numbers]] = {
-    ("ias_vit", "W3A3"): (2, Numbers(0.0687, 0.074416, 3.1095, 17.969)),
-    ("ias_vit", "W4A4"): (2, Numbers(0.018515, 0.019348, 1.495, 60.938)),
-    ("ias_vit[-sulq]", "W4A4"): (2, Numbers(0.017858, 0.01732, 1.1887, 67.969)),
-    ("ias_vit[-sos]", "W4A4"): (2, Numbers(0.019823, 0.021103, 1.6875, 53.125)),
+    ("ias_vit", "W3A3"): (2, Numbers(0.06954, 0.076148, 3.0572, 18.75)),
+    ("ias_vit", "W4A4"): (2, Numbers(0.019005, 0.019418, 1.4588, 61.328)),
+    ("ias_vit[-sulq]", "W4A4"): (2, Numbers(0.018101, 0.017307, 1.1862, 66.797)),
+    ("ias_vit[-sos]", "W4A4"): (2, Numbers(0.020032, 0.0211, 1.6835, 58.203)),
     ("repq_vit", "W4A4"): (2, Numbers(0.036682, 0.0307, 1.3306, 67.188)),
     ("ptq4vit", "W4A4"): (1, Numbers(0.072218, 0.048092, 2.3375, 43.75)),
     ("base_ptq", "W6A6"): (1, Numbers(0.095666, 0.068683, 1.2274, 65.234)),
     ("minmax", "W6A6"): (1, Numbers(0.1104, 0.078187, 1.1339, 69.141)),
     ("rtn", "W4A4"): (1, Numbers(0.0074376, 0.00629, 0.21557, 86.328)),
 }
+
+
+@pytest.fixture(autouse=True)
+def calm_adam(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Adam with a large eps: a key's bias has no gradient but float order, of which Adam would make steps of ±lr."""
+    monkeypatch.setattr(torch.optim, "Adam", partial(torch.optim.Adam, eps=0.1))
 
 
 class Outputs(NamedTuple):
