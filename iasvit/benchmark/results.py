@@ -77,15 +77,12 @@ class Key(NamedTuple):
 
 Fields = dict[str, str]  # a row as its file has it
 
-# Code hashes, as rows of schema 1 have them, of methods that were at another version than 1 before there were versions.
-_METHOD_VERSIONS = {"881b4cd77ef7": "2", "1204304ae2c6": "2"}
-
 
 def _from_1(fields: Fields) -> Fields:
     """Schema 2 has fingerprints, unknown here, versions in place of the code's hash, and the kind of data."""
     data = data_set(fields["task"], fields["dataset"])
-    method_version = _METHOD_VERSIONS.get(fields.pop("code_hash", ""), "1")
-    new = {"method_version": method_version, "data_kind": data.kind, "data_description": data.description}
+    fields.pop("code_hash", "")
+    new = {"method_version": "1", "data_kind": data.kind, "data_description": data.description}
     return {**fields, **new, "schema_version": "2"}
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import pandas as pd
+from pandas.api.types import is_numeric_dtype
 
-from iasvit.benchmark.results import COST, Key, Row, latest
+from iasvit.benchmark.results import COST, Key, Row, latest, metric_columns
 from iasvit.benchmark.task import REAL, Metric
 from iasvit.benchmark.versions import other_version
 
@@ -47,9 +48,14 @@ def labelled(rows: Iterable[Row]) -> pd.DataFrame:
 
 
 def row_columns(rows: pd.DataFrame) -> list[str]:
-    """Of a table of labelled rows the columns that hold something, less those that `labelled` added."""
+    """Of a table of labelled rows the columns that hold something, less those that `labelled` added.
+
+    A column of text that the store does not know is left out: it is no metric.
+    """
     added = {*_MISSING, *_CELL, "settings", "weights_only", "other_version", "data_time"}
-    return [name for name in rows.dropna(axis=1, how="all").columns if name not in added]
+    held = rows.dropna(axis=1, how="all")
+    texts = {name for name in metric_columns(held.columns) if not is_numeric_dtype(held[name])}
+    return [name for name in held.columns if name not in added | texts]
 
 
 def _settings(row: Row) -> str:

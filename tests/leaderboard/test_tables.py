@@ -37,6 +37,13 @@ def test_a_table_as_it_is_written() -> None:
     assert document.name == "fake-mini-w3a3"
 
 
+def test_a_column_of_text_that_nobody_knows_is_no_metric() -> None:
+    rows = [{**row, "operator": "somebody"} for row in grid_rows()]
+    (document,), (plain,) = measured_documents(rows), measured_documents(grid_rows())
+    assert document.sections == plain.sections
+    assert "operator" not in table(rows)
+
+
 def test_a_table_has_mean_deviation_gap_best_and_notes() -> None:
     (document,) = measured_documents(grid_rows())
     (grid,) = grids(document.sections)
