@@ -15,6 +15,7 @@ import typer
 from harness_fakes import FakeTask
 from result_rows import make_row
 
+from iasvit import cli
 from iasvit.benchmark import task
 from iasvit.benchmark.harness import Cell, exit_status, run_cells
 from iasvit.benchmark.results import ResultStore
@@ -156,6 +157,20 @@ def test_list_names_methods_and_tasks(monkeypatch: pytest.MonkeyPatch, capsys: p
     assert "iasvit.sos:IASViT" in words
     assert "imagenet" in words
     assert words.index("methods:") < words.index("ias_vit") < words.index("tasks:") < words.index("imagenet")
+
+
+def test_show_prints_a_saved_model(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    (row,) = run_cells(FakeTask(), [Cell("vit_s", "rtn", "W4A8", 0, 8)], ResultStore("runs"), save=Path(), quiet=True)
+    assert status(monkeypatch, "show", row["model_file"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["method:", "rtn"] in lines
+    assert ["head", "4", "-"] in lines  # rtn leaves activations alone
+
+
+def test_a_command_that_no_package_has(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(cli, "entry_points", lambda **which: [])
+    assert status(monkeypatch, "evaluate", "x") == 2
+    assert "'evaluate'" in capsys.readouterr().err
 
 
 def test_leaderboard_fills_readme_by_default(

@@ -306,10 +306,10 @@ class _Run:
         path = folder / f"{name}-{fingerprint(*key)[:8]}.safetensors"
         try:
             save_model(quantized, path)
-        except StorageError:
+        except (StorageError, OSError):
             raise
-        except IasvitError as error:
-            self.say(f"no model file of {key.model} {key.method} {key.spec}: {error}")
+        except Exception as error:  # a model that no file can hold has a number all the same
+            self.say(f"no model file of {key.model} {key.method} {key.spec}: {reason(error)}")
             return ""
         results = self.store.folder.resolve()
         inside = path.resolve().is_relative_to(results)

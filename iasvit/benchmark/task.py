@@ -75,6 +75,7 @@ class Task(ABC):
         metrics: what `score` returns, the primary ones first. Of the class, so that tables know them without data.
         version: raised, with a line in `changelog`, whenever the task's numbers change.
         changelog: version → what changed the numbers; version 1 need not be in it.
+        model_order: models in the order in which tables have them; others follow by name.
         data_sets: data sets by name, as far as they are known beforehand; any other is real data.
         data: what this instance runs on.
         split_size: images evaluated.
@@ -84,6 +85,7 @@ class Task(ABC):
     metrics: ClassVar[tuple[Metric, ...]]
     version: ClassVar[int] = 1
     changelog: ClassVar[dict[int, str]] = {}
+    model_order: ClassVar[tuple[str, ...]] = ()
     data_sets: ClassVar[dict[str, DataSet]] = {}
     data: DataSet
     split_size: int

@@ -1,25 +1,24 @@
-"""What a table is: methods × backbones in Markdown, the best marked, with the same values as data."""
+"""What a table is: methods × models in Markdown, the best marked, with the same values as data."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pandas as pd
 
-from iasvit.benchmark.staleness import STALE_MARKS
+from iasvit.benchmark.task import Metric
 
 MADE = "<!-- made by `iasvit leaderboard` from the stored rows; do not edit -->"
 MISSING = "–"
 MARKS = "a column's best is bold, its second underlined"
-# The papers' order of columns; other models follow by name.
-_BACKBONES = ("vit_s", "vit_b", "deit_t", "deit_s", "deit_b", "swin_t", "swin_s", "swin_b")
-_MODELS = _BACKBONES + tuple(f"{head}_{b}" for head in ("mask_rcnn", "cascade_mask_rcnn") for b in _BACKBONES)
+PUBLISHED = "published"  # the third kind of number, with REAL and EMBEDDED of `iasvit.benchmark.task`
 
 
 @dataclass(frozen=True)
 class Document:
-    """The tables of one task, data set and bit-width.
+    """The tables of one task, data set and bit-width, all of one kind.
 
     Attributes:
         name: of its files and of its place in README.
@@ -27,8 +26,13 @@ class Document:
         sections: Markdown that README takes too.
         details: further Markdown.
         frame: the same as data.
+        kind: PUBLISHED, REAL or EMBEDDED.
+        heading: what the numbers are, "measured on real data".
+        metrics: those of the tables.
+        model_order: models in the order in which tables have them.
         identity: task, dataset and spec where the numbers are measured.
-        cells: those of the largest split, for plots.
+        cells: those of the largest and latest data, for plots and page.
+        data: which that is: split size, time of the latest row, fingerprint.
     """
 
     name: str
@@ -36,12 +40,18 @@ class Document:
     sections: str
     details: str
     frame: pd.DataFrame
+    kind: str
+    heading: str
+    metrics: tuple[Metric, ...]
+    model_order: tuple[str, ...] = ()
     identity: tuple[str, str, str] | None = None
     cells: pd.DataFrame | None = None
+    data: tuple[int, str, str] | None = None
 
     def markdown(self) -> str:
         """The file's text."""
-        return "\n\n".join(part for part in (MADE, f"# {self.title}", self.sections, self.details) if part) + "\n"
+        title = f"# {escape(self.title)}"
+        return "\n\n".join(part for part in (MADE, title, self.sections, self.details) if part) + "\n"
 
 
 def slug(text: str) -> str:
@@ -49,78 +59,97 @@ def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9_]+", "-", text.lower()).strip("-")
 
 
-def _digits(metric: str) -> int:
-    return 4 if metric == "cosine" else 2
+def escape(text: str) -> str:
+    """The text for a line or a table of Markdown: no line breaks, and neither "|" nor a tag is read as such."""
+    text = re.sub(r"\s*[\r\n]\s*", " ", text).replace("<", "&lt;")
+    return re.sub(r"(\\*)\|", r"\1\1\|", text)  # backslashes before a "|" would take away its own
 
 
-def grid(cells: pd.DataFrame, metric: str, marked: int = 2) -> str:
-    """Methods × backbones: **mean ± standard deviation** (gap to full precision), the best `marked` of a column so."""
-    digits = _digits(metric)
-    columns = sorted(cells["column"].unique(), key=lambda name: (model_rank(name), name))
-    lines = sorted(cells["line"].unique())
-    by_place = {(cell["line"], cell["column"]): cell for cell in cells.to_dict("records")}
-    top = {column: _top(cells[cells["column"] == column], metric, digits)[:marked] for column in columns}
+def ordered_models(cells: pd.DataFrame, model_order: Sequence[str]) -> list[str]:
+    """The cells' model labels: in this order of their models, then by name."""
+    rank = {model: place for place, model in enumerate(model_order)}
+    models = dict(zip(cells["model_label"], cells["model"], strict=True))
+    return sorted(models, key=lambda label: (rank.get(models[label], len(rank)), label))
+
+
+def grid(cells: pd.DataFrame, metric: Metric, model_order: Sequence[str], marked: int = 2) -> str:
+    """Methods × models: **mean ± standard deviation** (gap to full precision), the best `marked` of a model so.
+
+    Args:
+        cells: one row a cell; columns method_label, model_label, model, n, failed, weights_only, the metric's and,
+            where they are known, "<metric>_std", "fp_<metric>", "published_<metric>" and "published_fp_<metric>".
+        metric: to show.
+        model_order: models in the order of the columns; others follow by name.
+        marked: 1 for the best alone, 2 for the second as well.
+    """
+    models = ordered_models(cells, model_order)
+    by_labels = {(cell["method_label"], cell["model_label"]): cell for cell in cells.to_dict("records")}
+    of_model = {model: cells[cells["model_label"] == model] for model in models}
+    top = {model: _top(part, metric)[:marked] for model, part in of_model.items()}
     same_n = cells.loc[cells["n"] > 0, "n"].nunique() <= 1
-    grid = [["method", *columns]]
-    if f"fp_{metric}" in cells:
-        grid.append(["fp32", *(_full_precision(cells[cells["column"] == c], metric, digits) for c in columns)])
-    for line in lines:
-        row = [line]
-        for column in columns:
-            cell = by_place.get((line, column))
-            row.append(MISSING if cell is None else _cell(cell, metric, digits, top[column], same_n))
-        grid.append(row)
-    widths = [max(map(len, column)) for column in zip(*grid, strict=True)]
+    rows = [["method", *map(escape, models)]]
+    if f"fp_{metric.name}" in cells:
+        rows.append(["fp32", *(_full_precision(part, metric) for part in of_model.values())])
+    for method in sorted(cells["method_label"].unique()):
+        row = [escape(method)]
+        for model in models:
+            cell = by_labels.get((method, model))
+            row.append(MISSING if cell is None else _cell(cell, metric, top[model], same_n))
+        rows.append(row)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     text = [
-        "| " + " | ".join(value.ljust(width) for value, width in zip(row, widths, strict=True)) + " |" for row in grid
+        "| " + " | ".join(value.ljust(width) for value, width in zip(row, widths, strict=True)) + " |" for row in rows
     ]
     rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
     return "\n".join([text[0], rule, *text[1:]])
 
 
-def model_rank(name: str) -> int:
-    """A model's place in the papers' order of columns; those that the papers have not are last."""
-    base = name.split(" [")[0]
-    return _MODELS.index(base) if base in _MODELS else len(_MODELS)
+def competing(cells: pd.DataFrame) -> pd.DataFrame:
+    """The cells that can be the best: measured, and not of weights alone."""
+    return cells[(cells["n"] > 0) & ~cells["weights_only"].astype(bool)]
 
 
-def _top(cells: pd.DataFrame, metric: str, digits: int) -> list[float]:
+def _top(cells: pd.DataFrame, metric: Metric) -> list[float]:
     """The values of the cells that compete, as they are printed, the best first."""
-    competing = cells[(cells["n"] > 0) & ~cells["weights_only"].astype(bool)]
-    return sorted({round(value, digits) for value in competing[metric]}, reverse=True)
+    values = competing(cells)[metric.name].dropna()
+    return sorted({round(value, metric.digits) for value in values}, reverse=metric.higher_is_better)
 
 
-def _full_precision(cells: pd.DataFrame, metric: str, digits: int) -> str:
-    """Of one column's cells: value (published value and difference to it)."""
-    value = cells[f"fp_{metric}"].mean()
+def _full_precision(cells: pd.DataFrame, metric: Metric) -> str:
+    """Of one model's cells: value (published value and difference to it)."""
+    value = cells[f"fp_{metric.name}"].mean()
     if pd.isna(value):
         return MISSING
-    if f"published_fp_{metric}" not in cells or pd.isna(published := cells[f"published_fp_{metric}"].iloc[0]):
-        return f"{value:.{digits}f}"
-    return f"{value:.{digits}f} ({beside_published(value, published, digits)})"
+    text = f"{value:.{metric.digits}f}"
+    name = f"published_fp_{metric.name}"
+    if name not in cells or pd.isna(published := cells[name].iloc[0]):
+        return text
+    return f"{text} ({with_published(value, published, metric.digits)})"
 
 
-def beside_published(value: float, published: float, digits: int = 2) -> str:
+def with_published(value: float, published: float, digits: int) -> str:
     """ "published 71.00, -1.00": the published value, and ours less it."""
     return f"published {published:.{digits}f}, {value - published:+.{digits}f}"
 
 
-def _cell(cell: dict, metric: str, digits: int, top: list[float], same_n: bool) -> str:
-    stale = STALE_MARKS[cell["stale"]]
+def _cell(cell: dict, metric: Metric, top: list[float], same_n: bool) -> str:
+    name, digits = metric.name, metric.digits
     if not cell["n"]:
-        return f"failed{stale}"
-    text = f"{cell[metric]:.{digits}f}"
+        return "failed"
+    if pd.isna(cell[name]):
+        return MISSING
+    text = f"{cell[name]:.{digits}f}"
     if cell["n"] > 1:
-        text += f" ± {cell[f'{metric}_std']:.{digits}f}"
-    if not cell["weights_only"] and (value := round(cell[metric], digits)) in top:
+        text += f" ± {cell[f'{name}_std']:.{digits}f}"
+    if not cell["weights_only"] and (value := round(cell[name], digits)) in top:
         text = f"**{text}**" if value == top[0] else f"<u>{text}</u>"
     notes = []
-    if f"fp_{metric}" in cell and not pd.isna(cell[f"fp_{metric}"]):
-        notes.append(f"{cell[metric] - cell[f'fp_{metric}']:+.{digits}f}")
-    if f"published_{metric}" in cell and not pd.isna(cell[f"published_{metric}"]):
-        notes.append(beside_published(cell[metric], cell[f"published_{metric}"], digits))
+    if not pd.isna(full := cell.get(f"fp_{name}")):
+        notes.append(f"{cell[name] - full:+.{digits}f}")
+    if not pd.isna(published := cell.get(f"published_{name}")):
+        notes.append(with_published(cell[name], published, digits))
     if not same_n:
         notes.append(f"n={cell['n']}")
     if cell["failed"]:
         notes.append(f"{cell['failed']} failed")
-    return text + stale + (f" ({', '.join(notes)})" if notes else "")
+    return text + (f" ({', '.join(notes)})" if notes else "")

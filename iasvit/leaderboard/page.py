@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
+from urllib.parse import quote
 
-_TEMPLATE = Path(__file__).with_name("page.html")
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
 _COLUMNS = {  # key → (heading, is a number)
     "method": ("method", False),
     "model": ("model", False),
@@ -29,19 +31,22 @@ class Value:
     """One value of the leaderboard.
 
     Attributes:
-        kind: the heading that it stands under: published, measured on real data, measured on mini ….
+        kind: published, real or embedded; each has tables of its own.
+        heading: of the table that it stands in.
         task, dataset, bits, method, model, metric: what it is of; dataset is "" for published values.
         value: mean over seeds; None where the cell failed.
+        digits: behind the point.
         std: standard deviation over seeds; None for one.
         gap: value - full precision's; None where that is not known.
         seeds: how many; None for published values.
         seconds: of quantization, mean over seeds; None where not known.
         how: settings, source or commands, one a line.
-        note: a mark behind the value, such as "failed".
+        note: words behind the value, such as "failed".
         best: whether it is the best of its method's rivals.
     """
 
     kind: str
+    heading: str
     task: str
     dataset: str
     bits: str
@@ -49,6 +54,7 @@ class Value:
     model: str
     metric: str
     value: float | None
+    digits: int = 2
     std: float | None = None
     gap: float | None = None
     seeds: int | None = None
@@ -63,64 +69,43 @@ def page(values: Sequence[Value], plots: Iterable[str]) -> str:
 
     Args:
         values: in the order in which they are shown at first.
-        plots: addresses of images, relative to the page.
+        plots: paths of images, relative to the page.
     """
-    kinds = dict.fromkeys(value.kind for value in values)
-    parts = {
-        "filters": "\n".join(_filter(name, label, values) for name, label in _FILTERS.items()),
-        "sections": "\n".join(_section(kind, [v for v in values if v.kind == kind]) for kind in kinds),
-        "plots": "\n".join(
-            f'<figure><img loading="lazy" src="{escape(path)}" alt="{escape(Path(path).stem)}"></figure>'
-            for path in plots
-        ),
-    }
-    text = _TEMPLATE.read_text(encoding="utf-8")
-    for name, part in parts.items():
-        text = text.replace(f"@{name}@", part)
-    return text
-
-
-def _filter(name: str, label: str, values: Sequence[Value]) -> str:
-    options = sorted({getattr(value, name) for value in values} - {""})
-    texts = "".join(f"<option>{escape(option)}</option>" for option in options)
-    return f'<label>{label}<select name="{name}"><option value="">all</option>{texts}</select></label>'
-
-
-def _section(kind: str, values: Sequence[Value]) -> str:
-    heads = "".join(
-        f'<th scope="col" data-key="{key}"{_class(number)}><button type="button">{label}</button></th>'
-        for key, (label, number) in _COLUMNS.items()
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
-    rows = "\n".join(_row(place, value) for place, value in enumerate(values))
-    return (
-        f'<section><h2>{escape(kind)}</h2><p class="count"></p><div class="scroll"><table>\n'
-        f"<thead><tr>{heads}</tr></thead>\n<tbody>\n{rows}\n</tbody></table></div></section>"
+    environment.filters["breakable"] = _breakable
+    tables: dict[tuple[str, str], list[Value]] = {}
+    for value in values:
+        tables.setdefault((value.kind, value.heading), []).append(value)
+    return environment.get_template("page.html").render(
+        columns=_COLUMNS,
+        filters={
+            name: (label, sorted({getattr(value, name) for value in values} - {""})) for name, label in _FILTERS.items()
+        },
+        sections=[(heading, [(value, _numbers(value)) for value in part]) for (_, heading), part in tables.items()],
+        plots=[(quote(path), Path(path).stem) for path in plots],
     )
 
 
-def _class(number: bool) -> str:
-    return ' class="number"' if number else ""
-
-
-def _row(place: int, value: Value) -> str:
-    digits = 4 if value.metric == "cosine" else 2
-    shown = "" if value.value is None else f"{value.value:.{digits}f}"
-    spread = "" if value.std is None else f" ± {value.std:.{digits}f}"
-    texts = {
-        "value": f"{shown}{spread} {value.note}".strip(),
-        "gap": "" if value.gap is None else f"{value.gap:+.{digits}f}",
-        "seeds": "" if value.seeds is None else str(value.seeds),
-        "seconds": "" if value.seconds is None else f"{value.seconds:.1f}",
+def _numbers(value: Value) -> dict[str, tuple[str, str]]:
+    """Of each column of numbers what a row is sorted by, and what is shown."""
+    shown = "" if value.value is None else f"{value.value:.{value.digits}f}"
+    spread = "" if value.std is None else f" ± {value.std:.{value.digits}f}"
+    gap = "" if value.gap is None else f"{value.gap:+.{value.digits}f}"
+    seeds = "" if value.seeds is None else str(value.seeds)
+    seconds = "" if value.seconds is None else f"{value.seconds:.1f}"
+    return {
+        "value": (shown, f"{shown}{spread} {value.note}".strip()),
+        **{key: (text, text) for key, text in (("gap", gap), ("seeds", seeds), ("seconds", seconds))},
     }
-    cells = []
-    for key, (_, number) in _COLUMNS.items():
-        if key == "how":
-            cells.append(f"<td><details><summary>how</summary><pre>{escape(value.how)}</pre></details></td>")
-        elif number:
-            exact = {"value": shown}.get(key, texts[key])
-            cells.append(f'<td class="number {key}" data-value="{exact}">{escape(texts[key])}</td>')
-        else:
-            cells.append(f"<td>{escape(getattr(value, key)).replace('_', '_<wbr>')}</td>")
-    data = "".join(f' data-{name}="{escape(getattr(value, name))}"' for name in _FILTERS)
-    best = ' class="best"' if value.best else ""
-    return f'<tr data-place="{place}"{best}{data}>{"".join(cells)}</tr>'
+
+
+def _breakable(text: str) -> Markup:
+    """The text, escaped, with a place to break the line behind each "_"."""
+    return Markup("_<wbr>").join(text.split("_"))

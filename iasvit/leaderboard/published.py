@@ -7,7 +7,8 @@ from pathlib import Path
 import pandas as pd
 
 from iasvit.errors import IasvitError
-from iasvit.leaderboard.markdown import MARKS, Document, grid, slug
+from iasvit.leaderboard.markdown import MARKS, PUBLISHED, Document, escape, grid, slug
+from iasvit.leaderboard.metrics import model_order, task_metrics
 
 PUBLISHED_COLUMNS = ("task", "model", "method", "w_bits", "a_bits", "metric", "value", "source")
 
@@ -45,24 +46,29 @@ def published_documents(published: pd.DataFrame) -> list[Document]:
     full = published[published["method"] == "fp32"]
     quantized = published[published["method"] != "fp32"]
     for (task, w_bits, a_bits), group in quantized.groupby(["task", "w_bits", "a_bits"], sort=True):
-        title = f"{task}, W{w_bits}A{a_bits}: published values, from papers and not measured here"
+        heading = "published values, from papers and not measured here"
+        title = f"{task}, W{w_bits}A{a_bits}: {heading}"
         group = group.merge(
             full[["task", "model", "metric", "value"]].rename(columns={"value": "fp"}), how="left", validate="m:1"
         )
+        order = model_order(task)
+        metrics = task_metrics(task, [f"fp_{name}" for name in sorted(set(group["metric"]))])
         sections = []
-        for metric, part in group.groupby("metric", sort=True):
-            cells = part.rename(columns={"value": metric, "fp": f"fp_{metric}"}).assign(
-                n=1, failed=0, stale=0, weights_only=False
+        for metric in metrics:
+            part = group[group["metric"] == metric.name]
+            cells = part.rename(columns={"value": metric.name, "fp": f"fp_{metric.name}"})
+            cells = cells.assign(
+                n=1, failed=0, weights_only=False, method_label=part["method"], model_label=part["model"]
             )
-            cells = cells.assign(line=cells["method"], column=cells["model"])
-            sections += [f"**{title}.** {metric}", grid(cells, metric)]
+            sections += [f"**{escape(title)}.** {metric.name}", grid(cells, metric, order)]
         sources = [
-            f"- {source}: {', '.join(sorted(set(part['method'])))}."
+            f"- {escape(source)}: {escape(', '.join(sorted(set(part['method']))))}."
             for source, part in group.groupby("source", sort=True)
         ]
         sections.append("\n".join([f"Value (difference to fp32); {MARKS}. Sources:", "", *sources]))
         data = group.assign(gap=(group["value"] - group["fp"]).round(4))
         data = data.sort_values(["metric", "method", "model"], kind="stable")
         name = slug(f"{task}-published-w{w_bits}a{a_bits}")
-        documents.append(Document(name, title, "\n\n".join(sections), "", data))
+        text = "\n\n".join(sections)
+        documents.append(Document(name, title, text, "", data, PUBLISHED, heading, metrics, order))
     return documents

@@ -3,77 +3,67 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
-from pathlib import Path
+from collections.abc import Iterable
 
 import pandas as pd
 
-from iasvit.benchmark.results import primary_metrics
-from iasvit.benchmark.staleness import STALE_MARKS, stale_notes
-from iasvit.errors import IasvitError
-from iasvit.leaderboard.aggregate import kind_of
-from iasvit.leaderboard.markdown import Document, beside_published, model_rank, slug
+from iasvit.benchmark.task import Metric
+from iasvit.leaderboard.markdown import Document, competing, ordered_models, slug, with_published
 from iasvit.leaderboard.page import Value
-from iasvit.leaderboard.plots import accuracy_by_bits, accuracy_by_seconds, code_grids, layer_errors, loss_surface
+from iasvit.leaderboard.plots import metric_by_bits, metric_by_seconds
+
+_ONE_SPEC = r"W(\d+)A(\d+)"  # the same bits in all layers
 
 
 def plots(documents: Iterable[Document]) -> dict[str, str]:
-    """File name → SVG: accuracy against bits and against seconds, for each task, data set and primary metric.
+    """File name → SVG: each primary metric against bits and against seconds, for each task and data set.
 
-    Cells whose bits differ from layer to layer are left out, and models that not every bit-width has a cell of stay.
-    Against seconds, cells are drawn that the device measured which measured most of them.
+    Cells whose bits differ from layer to layer are left out, as are those of other data (a part of the split, say) than
+    the largest and latest that were measured. Models that not every bit-width has a cell of stay. Against seconds,
+    cells are drawn that the device measured which measured most of them.
     """
     drawn: dict[str, str] = {}
-    groups: dict[tuple[str, str], list[pd.DataFrame]] = {}
+    groups: dict[tuple[str, str, str], list[Document]] = {}
     for document in documents:
-        match = re.fullmatch(r"W(\d+)A(\d+)", document.identity[2]) if document.identity else None
-        if match and document.cells is not None:
-            task, dataset, spec = document.identity
-            cells = document.cells[document.cells["n"] > 0]
-            groups.setdefault((task, dataset), []).append(
-                cells.assign(spec=spec, w_bits=int(match[1]), a_bits=int(match[2]), model=cells["column"])
-            )
-    for (task, dataset), parts in groups.items():
-        cells = pd.concat(parts, ignore_index=True)
-        models = sorted(cells["model"].unique(), key=lambda name: (model_rank(name), name))
-        for metric in primary_metrics(cells.columns):
-            name = slug(f"{task}-{dataset}") + ("" if metric == "top1" else f"-{metric.lower()}")
-            title = f"{task} on {dataset}: {metric} against bits, {kind_of(dataset)}"
-            if len(parts) > 1:
-                drawn[f"{name}-bits.svg"] = accuracy_by_bits(cells, metric, models, title)
-            for spec, part in cells[cells["quantization_seconds"].notna()].groupby("spec", sort=True):
-                device = part["device"].mode().iloc[0]  # seconds compare on one device only
-                part = part[part["device"] == device]
-                here = [model for model in models if model in set(part["model"])]
-                title = f"{task} on {dataset}, {spec}: {metric} against seconds on {device}, {kind_of(dataset)}"
-                drawn[f"{name}-{spec.lower()}-seconds.svg"] = accuracy_by_seconds(part, metric, here, title)
+        if document.identity and re.fullmatch(_ONE_SPEC, document.identity[2]):
+            task, dataset, _ = document.identity
+            groups.setdefault((task, dataset, document.kind), []).append(document)
+    for group in groups.values():
+        split_size, _, fingerprint = max(document.data for document in group)
+        same = [document for document in group if document.data[::2] == (split_size, fingerprint)]
+        primary = [metric for metric in same[0].metrics if metric.primary]
+        for metric in primary:
+            drawn |= _drawn(same, metric, f"-{slug(metric.name)}" if len(primary) > 1 else "")
     return drawn
 
 
-def drawn_files(folder: Path) -> dict[str, str]:
-    """File name → SVG: errors by layer, loss surfaces, code grids, from what `tasks.studies` measured into the folder.
-
-    Raises:
-        IasvitError: a file is there, but not as its script writes it.
-    """
-    return {
-        **_drawn(folder / "mini_errors.csv", "errors", "layer-errors", layer_errors, "error by layer"),
-        **_drawn(folder / "mini_surface.csv", "surface", "loss-surface", loss_surface, "loss around a block's weights"),
-        **_drawn(folder / "mini_attention.csv", "attention", "code-grids", code_grids, "post-softmax values and codes"),
-    }
-
-
-def _drawn(path: Path, script: str, name: str, draw: Callable[[pd.DataFrame, str], str], text: str) -> dict[str, str]:
-    """A plot for each model and spec of the file; nothing where there is no file."""
-    if not path.is_file():
+def _drawn(documents: list[Document], metric: Metric, suffix: str) -> dict[str, str]:
+    """The plots of one metric, from the documents of one task and the same data."""
+    first = documents[0]
+    task, dataset, spec = first.identity
+    name = first.name.removesuffix(f"-{slug(spec)}") + suffix
+    cells = pd.concat([_with_bits(document) for document in documents], ignore_index=True)
+    if metric.name not in cells:
         return {}
-    try:
-        return {
-            slug(f"{name}-{model}-{bits}") + ".svg": draw(part, f"mini {model}, {bits}: {text}")
-            for (model, bits), part in pd.read_csv(path).groupby(["model", "bits"], sort=True)
-        }
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise IasvitError(f"{path} is not of `python -m tasks.mini.{script}`: {error}; make it again") from error
+    cells = cells[(cells["n"] > 0) & cells[metric.name].notna()]
+    models = ordered_models(cells, first.model_order)
+    drawn = {}
+    if cells["spec"].nunique() > 1:
+        title = f"{task} on {dataset}: {metric.name} against bits, {first.heading}"
+        drawn[f"{name}-bits.svg"] = metric_by_bits(cells, metric, models, title)
+    for spec, part in cells[cells["quantization_seconds"].notna()].groupby("spec", sort=True):
+        device = part["device"].mode().iloc[0]  # seconds compare on one device only
+        part = part[part["device"] == device]
+        shown = [model for model in models if model in set(part["model_label"])]
+        title = f"{task} on {dataset}, {spec}: {metric.name} against seconds on {device}, {first.heading}"
+        drawn[f"{name}-{slug(spec)}-seconds.svg"] = metric_by_seconds(part, metric, shown, title)
+    return drawn
+
+
+def _with_bits(document: Document) -> pd.DataFrame:
+    spec = document.identity[2]
+    w_bits, a_bits = map(int, re.fullmatch(_ONE_SPEC, spec).groups())
+    return document.cells.assign(spec=spec, w_bits=w_bits, a_bits=a_bits)
 
 
 def page_values(documents: Iterable[Document]) -> list[Value]:
@@ -88,57 +78,65 @@ def _measured(document: Document) -> list[Value]:
     task, dataset, bits = document.identity
     cells = document.cells
     values = []
-    for metric in primary_metrics(cells.columns):
-        competing = cells[(cells["n"] > 0) & ~cells["weights_only"].astype(bool)]
-        best = competing.groupby("column")[metric].max()
+    for metric in document.metrics:
+        if not metric.primary:
+            continue
+        best = competing(cells).groupby("model_label")[metric.name].agg("max" if metric.higher_is_better else "min")
         for cell in cells.to_dict("records"):
             failed = not cell["n"]
-            gap = cell[metric] - cell.get(f"fp_{metric}", float("nan"))
-            notes = ["failed"] * failed + [STALE_MARKS[cell["stale"]]] * bool(cell["stale"])
-            if not failed and pd.notna(published := cell.get(f"published_{metric}")):
-                notes.append(f"({beside_published(cell[metric], published)})")
-            settings = cell["settings"].replace(";", ", ")
-            device = [] if failed else [f"on {cell['device']}"]
+            value = cell[metric.name]
+            notes = ["failed"] * failed + ["other version"] * bool(cell["other_version"])
+            if not failed and pd.notna(published := cell.get(f"published_{metric.name}")):
+                notes.append(f"({with_published(value, published, metric.digits)})")
+            how = [cell["settings"].replace(";", ", "), "" if failed else f"on {cell['device']}", cell["command"]]
             values.append(
                 Value(
-                    kind=kind_of(dataset)[0].upper() + kind_of(dataset)[1:],
+                    kind=document.kind,
+                    heading=document.heading[0].upper() + document.heading[1:],
                     task=task,
                     dataset=dataset,
                     bits=bits,
-                    method=cell["line"],
-                    model=cell["column"],
-                    metric=metric,
-                    value=_number(cell[metric]),
-                    std=_number(cell[f"{metric}_std"]),
-                    gap=_number(gap),
+                    method=cell["method_label"],
+                    model=cell["model_label"],
+                    metric=metric.name,
+                    digits=metric.digits,
+                    value=_number(value),
+                    std=_number(cell[f"{metric.name}_std"]),
+                    gap=_number(value - cell.get(f"fp_{metric.name}", float("nan"))),
                     seeds=int(cell["n"]),
                     seconds=_number(cell["quantization_seconds"]),
-                    how="\n".join([settings, *device, cell["command"], *stale_notes(pd.DataFrame([cell]))]),
+                    how="\n".join(line for line in [*how, cell["other_version"]] if line),
                     note=" ".join(notes),
-                    best=not failed and not cell["weights_only"] and cell[metric] == best[cell["column"]],
+                    best=not failed and not cell["weights_only"] and value == best[cell["model_label"]],
                 )
             )
     return values
 
 
 def _published(document: Document) -> list[Value]:
-    best = document.frame.groupby(["metric", "model"])["value"].transform("max")
-    return [
-        Value(
-            kind="Published: values from papers, not measured here",
-            task=row["task"],
-            dataset="",
-            bits=f"W{row['w_bits']}A{row['a_bits']}",
-            method=row["method"],
-            model=row["model"],
-            metric=row["metric"],
-            value=_number(row["value"]),
-            gap=_number(row["gap"]),
-            how=row["source"],
-            best=row["value"] == top,
-        )
-        for row, top in zip(document.frame.to_dict("records"), best, strict=True)
-    ]
+    values = []
+    for metric in document.metrics:
+        part = document.frame[document.frame["metric"] == metric.name]
+        best = part.groupby("model")["value"].agg("max" if metric.higher_is_better else "min")
+        values += [
+            Value(
+                kind=document.kind,
+                heading="Published: values from papers, not measured here",
+                task=row["task"],
+                dataset="",
+                bits=f"W{row['w_bits']}A{row['a_bits']}",
+                method=row["method"],
+                model=row["model"],
+                metric=metric.name,
+                digits=metric.digits,
+                value=_number(row["value"]),
+                gap=_number(row["gap"]),
+                how=row["source"],
+                best=row["value"] == best[row["model"]],
+            )
+            for row in part.to_dict("records")
+        ]
+    return values
 
 
 def _number(value: float) -> float | None:

@@ -6,21 +6,24 @@ import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from urllib.parse import quote
+
+import pandas as pd
 
 from iasvit.benchmark.results import Row, read_rows, warn
 from iasvit.errors import IasvitError
 from iasvit.leaderboard.aggregate import measured_documents
-from iasvit.leaderboard.markdown import MADE, Document
+from iasvit.leaderboard.markdown import MADE, Document, escape
 from iasvit.leaderboard.page import page
 from iasvit.leaderboard.published import published_documents, read_published
-from iasvit.leaderboard.views import drawn_files, page_values, plots
+from iasvit.leaderboard.views import page_values, plots
 
 # What a reader of the CSV files cannot guess.
 _COLUMNS = (
-    'In the CSV files `stale` is "no" for values of the present code, "same values" (‡) for those of earlier code that '
-    'gave the same to the last digit in all cells that both measured, of which there are `compared`, and "yes" (†) for '
-    "those of any other code. `gap_` columns are value - full precision, `gap_published_` columns value - published."
+    "In the CSV files `gap_` columns are value - full precision, `gap_published_` columns value - published; "
+    "`other_version` says which other version of method or task than the present one measured a value."
 )
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
 def write_leaderboard(
@@ -31,8 +34,8 @@ def write_leaderboard(
     Args:
         runs: folder of result files, read with all folders in it; of rows with equal keys the latest counts.
         published: CSV file of published values, columns PUBLISHED_COLUMNS.
-        out: folder for tables and plots; what tasks.studies measured into it is drawn too. Tables and plots of
-            earlier calls that have no rows any more are removed.
+        out: folder for tables and plots. Tables and plots of earlier calls that have no rows any more are removed; any
+            other SVG file in its folder plots is shown with the leaderboard's own.
         readme: file whose text between `<!-- table:NAME -->` and `<!-- /table -->` is replaced by that table; None for
             no such file.
         report: called with a sentence about each line or marker that cannot be used.
@@ -51,20 +54,25 @@ def write_leaderboard(
             report(problem)
     values = read_published(published)
     documents = [*measured_documents(rows, values), *published_documents(values)]
-    drawn = {f"plots/{name}": svg for name, svg in {**plots(documents), **drawn_files(out)}.items()}
-    texts = {"leaderboard.md": _index(documents, drawn), "index.html": page(page_values(documents), drawn), **drawn}
+    own = {f"plots/{name}": _marked(svg) for name, svg in plots(documents).items()}
+    try:
+        others = [f"plots/{path.name}" for path in sorted((out / "plots").glob("*.svg")) if not _is_own(path)]
+    except OSError as error:
+        raise IasvitError(f"{error.filename or out} cannot be read: {error.strerror or error}") from error
+    shown = list(dict.fromkeys([*own, *others]))
+    texts = {"leaderboard.md": _index(documents, shown), "index.html": page(page_values(documents), shown), **own}
     for document in documents:
         texts[f"{document.name}.md"] = document.markdown()
-        texts[f"{document.name}.csv"] = document.frame.to_csv(index=False, lineterminator="\n")
+        texts[f"{document.name}.csv"] = _csv(document.frame)
     replaced = None if readme is None else _fill(readme, documents, report)
     try:
         out.mkdir(parents=True, exist_ok=True)
         for path in out.glob("*.md"):
-            if path.name not in texts and path.read_text(encoding="utf-8").startswith(MADE):
+            if path.name not in texts and _is_own(path):
                 path.unlink()
                 path.with_suffix(".csv").unlink(missing_ok=True)
         for path in (out / "plots").glob("*.svg"):
-            if f"plots/{path.name}" not in texts:
+            if f"plots/{path.name}" not in texts and _is_own(path):
                 path.unlink()
         for name, text in texts.items():
             (out / name).parent.mkdir(exist_ok=True)
@@ -76,26 +84,32 @@ def write_leaderboard(
     return [out / name for name in texts] + ([readme] if readme is not None and replaced is not None else [])
 
 
-def _index(documents: Sequence[Document], drawn: Iterable[str]) -> str:
-    lines = [f"- [{document.title}]({document.name}.md) ([CSV]({document.name}.csv))" for document in documents]
-    images = [f"![{Path(name).stem}]({name})" for name in drawn]
-    return (
-        "\n".join(
-            [
-                MADE,
-                "",
-                "# Leaderboard",
-                "",
-                "[Sortable, on one page](index.html)",
-                "",
-                *lines,
-                "",
-                _COLUMNS,
-                *(f"\n{image}" for image in images),
-            ]
-        )
-        + "\n"
-    )
+def _marked(svg: str) -> str:
+    """The SVG with MADE behind its first line, the XML declaration."""
+    first, _, rest = svg.partition("\n")
+    return f"{first}\n{MADE}\n{rest}"
+
+
+def _is_own(path: Path) -> bool:
+    """Whether an earlier call made the file, which is what a marker in its first lines says."""
+    with path.open(encoding="utf-8", errors="replace") as file:
+        return MADE in file.read(200)
+
+
+def _csv(frame: pd.DataFrame) -> str:
+    """The table as CSV; a text that a spreadsheet would take for a formula gets a leading "'"."""
+
+    def safe(value: object) -> object:
+        return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA) else value
+
+    return frame.map(safe).to_csv(index=False, lineterminator="\n")
+
+
+def _index(documents: Iterable[Document], images: Iterable[str]) -> str:
+    lines = [f"- [{escape(document.title)}]({document.name}.md) ([CSV]({document.name}.csv))" for document in documents]
+    shown = [f"![{escape(Path(name).stem)}]({quote(name)})" for name in images]
+    tables = "\n".join(lines)
+    return "\n\n".join([MADE, "# Leaderboard", "[Sortable, on one page](index.html)", tables, _COLUMNS, *shown]) + "\n"
 
 
 def _fill(readme: Path, documents: Sequence[Document], report: Callable[[str], None]) -> str | None:
@@ -111,7 +125,8 @@ def _fill(readme: Path, documents: Sequence[Document], report: Callable[[str], N
         if name not in by_name:
             report(f"{readme} has a marker for table {name!r}, of which there are no rows; left as it is")
             return match[0]
-        return f"<!-- table:{name} -->\n{by_name[name].sections}\n<!-- /table -->"
+        sections = by_name[name].sections.replace("<!--", "&lt;!--")  # in a command, say, that names a marker
+        return f"<!-- table:{name} -->\n{sections}\n<!-- /table -->"
 
     starts, ends = text.count("<!-- table:"), text.count("<!-- /table -->")
     if starts != ends:
@@ -122,13 +137,13 @@ def _fill(readme: Path, documents: Sequence[Document], report: Callable[[str], N
 
 
 def _replace(path: Path, text: str) -> None:
-    """Write a file beside and rename it; one that holds this text already stays untouched."""
+    """Write a temporary file and rename it; one that holds this text already stays untouched."""
     data = text.encode()
     if path.is_file() and path.read_bytes() == data:
         return
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        beside.write_bytes(data)
-        os.replace(beside, path)
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)

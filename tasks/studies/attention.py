@@ -20,6 +20,7 @@ from iasvit.errors import IasvitError
 from iasvit.quantizers import SOFTMAX_QUANTIZERS
 from tasks.mini import zoo
 from tasks.mini.observation import SCENES, observe, scene_images
+from tasks.studies import plots
 
 app = typer.Typer(add_completion=False)
 # name in the CSV file → name in SOFTMAX_QUANTIZERS
@@ -67,9 +68,11 @@ def attention(
     block: Annotated[int, typer.Option(help="whose attention maps; Swin shifts windows in odd ones")] = 4,
     n_bits: Annotated[int, typer.Option(help="of a code")] = 3,
     device: str = "cpu",
-    out: Annotated[Path, typer.Option(help="CSV file")] = Path("results/mini_attention.csv"),
+    out: Annotated[Path, typer.Option(help="CSV file; plots go to the folder plots next to it")] = Path(
+        "results/mini_attention.csv"
+    ),
 ) -> None:
-    """Measure post-softmax values and code grids; `iasvit leaderboard` draws them."""
+    """Measure post-softmax values and code grids, and draw them."""
     rows = []
     for name in backbone:
         model = zoo.load(name).to(device)
@@ -84,6 +87,7 @@ def attention(
         print(f"{name}: {values.numel()} values, {(values < 2.0**-7).float().mean():.0%} below 2^-7", flush=True)
     out.parent.mkdir(parents=True, exist_ok=True)
     pd.DataFrame(rows).to_csv(out, index=False, float_format="%.6g")
+    plots.draw(out, "code-grids", plots.code_grids, "post-softmax values and codes")
 
 
 if __name__ == "__main__":

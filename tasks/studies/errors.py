@@ -3,7 +3,7 @@
 For each layer of a quantized backbone the relative squared error of its output, ‖y_q - y‖² / ‖y‖² over 32 validation
 scenes, y from the full-precision model: "own" with the inputs of its block (patch embedding, block, patch merging or
 head) from the full-precision model, so that errors begin anew at each block; "streamed" in the quantized model as it
-runs. A table of means by kind of layer is printed, and every layer goes to a CSV file.
+runs. A table of means by kind of layer is printed, and every layer goes to a CSV file, which is drawn.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from iasvit.methods import method_options
 from tasks.classification.data import MiniImages
 from tasks.mini import zoo
 from tasks.mini.observation import scene_images
+from tasks.studies import plots
 
 app = typer.Typer(add_completion=False)
 METHODS = ["base_ptq", "minmax", "ptq4vit", "repq_vit", "ias_vit"]
@@ -35,7 +36,9 @@ def errors(
     images: Annotated[int, typer.Option(help="validation images")] = 32,
     calib_size: int = 256,
     device: str = "cpu",
-    out: Annotated[Path, typer.Option(help="CSV file")] = Path("results/mini_errors.csv"),
+    out: Annotated[Path, typer.Option(help="CSV file; plots go to the folder plots next to it")] = Path(
+        "results/mini_errors.csv"
+    ),
 ) -> None:
     """The error of every layer, method beside method."""
     rows = []
@@ -52,6 +55,7 @@ def errors(
     table = pd.DataFrame(rows)
     out.parent.mkdir(parents=True, exist_ok=True)
     table.to_csv(out, index=False, float_format="%.4g")
+    plots.draw(out, "layer-errors", plots.layer_errors, "error by layer")
     for name in backbone:
         for which in ("own", "streamed"):
             means = table[table.model == name].pivot_table(index="kind", columns="method", values=which, sort=False)

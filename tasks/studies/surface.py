@@ -28,6 +28,7 @@ from iasvit.sos import IASViT
 from iasvit.spec import QuantSpec
 from tasks.mini import zoo
 from tasks.mini.observation import scene_images
+from tasks.studies import plots
 
 app = typer.Typer(add_completion=False)
 VARIANTS = ("direct", "stage 1", "stage 3")
@@ -102,9 +103,11 @@ def draw(
     radius: Annotated[float, typer.Option(help="largest α and β")] = 0.25,
     seed: int = 0,
     device: str = "cpu",
-    out: Annotated[Path, typer.Option(help="CSV file")] = Path("results/mini_surface.csv"),
+    out: Annotated[Path, typer.Option(help="CSV file; plots go to the folder plots next to it")] = Path(
+        "results/mini_surface.csv"
+    ),
 ) -> None:
-    """Measure the loss surfaces; `iasvit leaderboard` draws them."""
+    """Measure the loss surfaces, and draw them."""
     model = zoo.load(backbone).to(device)
     x = scene_images(model, "calibration", images).to(device)
     places = np.linspace(-radius, radius, points)
@@ -113,11 +116,12 @@ def draw(
         rows = surface(*prepare(model, bits, block, x, variant), places, seed)
         tables.append(pd.DataFrame(rows).assign(model=backbone, bits=bits, block=block, variant=variant))
         losses = tables[-1]["loss"].to_numpy().reshape(points, points)
-        # Second differences beside the surface's height: 0 for a plane, larger the rougher.
+        # Second differences relative to the surface's height: 0 for a plane, larger the rougher.
         rough = np.abs(np.diff(losses, 2, axis=0)).mean() / np.ptp(losses)
         print(f"{variant}: loss {losses.min():.4g} to {losses.max():.4g}, roughness {rough:.4f}", flush=True)
     out.parent.mkdir(parents=True, exist_ok=True)
     pd.concat(tables).to_csv(out, index=False, float_format="%.6g")
+    plots.draw(out, "loss-surface", plots.loss_surface, "loss around a block's weights")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from markupsafe import escape
 
 from iasvit.leaderboard.page import Value, page
 
@@ -26,7 +27,7 @@ FLAGS = [
 
 
 def value(number: float | None, method: str, bits: str = "W3A3", kind: str = "Measured", **more: object) -> Value:
-    given = {"task": "imagenet", "dataset": "mini", "model": "vit_s", "metric": "top1", **more}
+    given = {"heading": kind, "task": "imagenet", "dataset": "mini", "model": "vit_s", "metric": "top1", **more}
     return Value(kind=kind, method=method, bits=bits, value=number, **given)
 
 
@@ -58,7 +59,30 @@ def test_the_page_holds_every_value_and_escapes_what_it_is_given() -> None:
     assert '<td class="number value" data-value="">failed</td>' in html
     assert "arXiv:1 &amp; 2" in html
     assert '<img loading="lazy" src="plots/x.svg" alt="x">' in html
-    assert not re.findall(r"@\w+@", html)
+    assert "{{" not in html
+    assert "{%" not in html
+
+
+@pytest.mark.parametrize("name", ["@plots@", "{{ 1 + 1 }}", "<script>", '" onclick="', "a_b"])
+def test_no_name_is_read_as_part_of_the_page(name: str) -> None:
+    html = page([value(1.0, name, model=name, how=name, kind=name, note=name)], [f"plots/{name}.svg"])
+    shown = str(escape(name))
+    assert html.count("<tr data-place") == html.count("<figure>") == 1
+    assert f'data-method="{shown}" data-model="{shown}"' in html
+    assert f"<td>{shown.replace('_', '_<wbr>')}</td>" in html
+    assert f"<pre>{shown}</pre>" in html
+    assert f"<h2>{shown}</h2>" in html
+
+
+def test_two_kinds_with_one_heading_are_two_tables() -> None:
+    html = page([value(1.0, "a"), value(2.0, "b", heading="Measured", kind="x")], [])
+    assert html.count("<section>") == 2
+
+
+def test_digits_are_the_metrics() -> None:
+    html = page([value(0.1235, "a", digits=4, std=0.5, gap=-0.1)], [])
+    assert '<td class="number value" data-value="0.1235">0.1235 ± 0.5000</td>' in html
+    assert ">-0.1000<" in html
 
 
 def test_the_page_needs_nothing_from_elsewhere() -> None:

@@ -6,16 +6,16 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from result_rows import PUBLISHED_HEADER, line_of, make_row
+from board_fakes import detector_row, grids, mark, notes, numbers
+from result_rows import PUBLISHED_HEADER, make_row
 
-from iasvit.benchmark.results import ResultStore
 from iasvit.errors import IasvitError
-from iasvit.leaderboard import write_leaderboard
 from iasvit.leaderboard.aggregate import measured_documents
 from iasvit.leaderboard.published import published_documents, read_published
 from iasvit.leaderboard.views import page_values
 
 ROOT = Path(__file__).parents[2]
+ON_PAPERS_DATA = {"task": "imagenet", "dataset": "imagenet", "data_kind": "real"}
 
 
 def test_the_published_values_are_sound() -> None:
@@ -51,10 +51,15 @@ def test_published_tables_have_gap_best_and_source(tmp_path: Path) -> None:
     lines += ["imagenet,vit_s,a,4,4,top1,60,Paper A", "imagenet,vit_s,fp32,32,32,top1,81.39,Paper A"]
     path.write_text(PUBLISHED_HEADER + "\n".join(lines) + "\n")
     (document,) = published_documents(read_published(path))
-    assert line_of(document.sections, "fp32") == ["fp32", "81.39", "–"]
-    assert line_of(document.sections, "a") == ["a", "<u>60.00</u> (-21.39)", "**50.00**"]
-    assert line_of(document.sections, "b") == ["b", "**60.50** (-20.89)", "–"]
-    assert "- Paper A: a.\n- Paper B: b." in document.sections
+    (grid,) = grids(document.sections)
+    assert {method: list(map(numbers, line.values())) for method, line in grid.items()} == {
+        "fp32": [[81.39], []],
+        "a": [[60.0, -21.39], [50.0]],
+        "b": [[60.5, -20.89], []],
+    }
+    assert list(grid["a"]) == ["vit_s", "swin_b"]
+    assert [mark(grid[method]["vit_s"]) for method in "ab"] == ["second", "best"]
+    assert notes(document.sections) == ["Paper A: a.", "Paper B: b."]
     assert isinstance(document.frame, pd.DataFrame)
 
 
@@ -76,7 +81,7 @@ def test_a_wrong_published_line_is_named(tmp_path: Path, line: str, message: str
         read_published(path)
 
 
-# Beside what was measured
+# With what was measured
 
 
 @pytest.fixture
@@ -92,17 +97,15 @@ def published(tmp_path: Path) -> Path:
     return path
 
 
-def test_the_published_value_stands_beside_the_measured_real_one(published: Path) -> None:
-    rows = [make_row(task="imagenet", dataset="imagenet", method=m, seed=s) for m in ("noise", "new") for s in (0, 1)]
-    rows += [make_row(task="imagenet", dataset="imagenet", model="swin_t")]
+def test_the_published_value_is_shown_with_the_measured_real_one(published: Path) -> None:
+    rows = [make_row(**ON_PAPERS_DATA, method=m, seed=s) for m in ("noise", "new") for s in (0, 1)]
+    rows += [make_row(**ON_PAPERS_DATA, model="swin_t")]
     (document,) = measured_documents(rows, read_published(published))
-    assert line_of(document.sections, "fp32") == ["fp32", "80.00 (published 81.39, -1.39)", "80.00"]
-    assert line_of(document.sections, "noise")[1:] == [
-        "**70.00 ± 0.00**† (-10.00, published 68.25, +1.75, n=2)",
-        "**70.00**† (-10.00, n=1)",
-    ]
-    assert "published" not in line_of(document.sections, "new")[1]
-    assert "- Published: the papers' value on the whole validation split, and ours less it." in document.sections
+    (grid,) = grids(document.sections)
+    assert grid["fp32"] == {"vit_s": "80.00 (published 81.39, -1.39)", "swin_t": "80.00"}
+    assert grid["noise"]["vit_s"].endswith("(-10.00, published 68.25, +1.75, n=2)")
+    assert "published" not in grid["noise"]["swin_t"] + grid["new"]["vit_s"]
+    assert "Published: the papers' value on the whole validation split, and ours less it." in notes(document.sections)
     data = document.frame.set_index(["method", "model"])
     columns = list(data.columns)
     at = columns.index("fp_top1")
@@ -111,14 +114,14 @@ def test_the_published_value_stands_beside_the_measured_real_one(published: Path
     assert data.loc[("noise", "vit_s"), "published_fp_top1"] == 81.39
     assert data.loc[("new", "vit_s"), ["published_top1", "gap_published_top1"]].isna().all()
     (first, *_) = [value for value in page_values([document]) if (value.method, value.model) == ("noise", "vit_s")]
-    assert first.note == "† (published 68.25, +1.75)"
+    assert first.note == "(published 68.25, +1.75)"
 
 
 @pytest.mark.parametrize(
     "values",
     [
-        {"dataset": "mini"},
-        {"dataset": "mini-hard"},
+        {"dataset": "mini", "data_kind": "embedded"},
+        {"data_kind": "embedded"},
         {"dataset": "imagenette"},  # ten of the classes: real, but not what the papers measured on
         {"spec": "W3A3,head=W8A8"},
         {"spec": "W6A6", "w_bits": 6, "a_bits": 6},
@@ -126,7 +129,7 @@ def test_the_published_value_stands_beside_the_measured_real_one(published: Path
     ],
 )
 def test_nothing_else_is_compared_with_the_papers(published: Path, values: dict) -> None:
-    row = make_row(**{"task": "imagenet", "dataset": "imagenet", **values})
+    row = make_row(**{**ON_PAPERS_DATA, **values})
     (document,) = measured_documents([row], read_published(published))
     assert "published 68" not in document.sections
     assert "68.25" not in document.frame.to_csv()
@@ -136,30 +139,9 @@ def test_nothing_else_is_compared_with_the_papers(published: Path, values: dict)
 def test_both_values_of_a_detector_have_theirs(published: Path) -> None:
     lines = "coco,mask_rcnn_swin_t,noise,3,3,bbox_mAP,40,x\ncoco,mask_rcnn_swin_t,noise,3,3,segm_mAP,38.5,x\n"
     published.write_text(PUBLISHED_HEADER + lines)
-    row = make_row(task="coco", dataset="coco", model="mask_rcnn_swin_t", bbox_mAP=41.0, segm_mAP=38.0)
-    row |= {"fp_bbox_mAP": 46.0, "fp_segm_mAP": 41.6}
-    for name in ("top1", "top1_se", "fp_top1", "agreement"):
-        del row[name]
-    (document,) = measured_documents([row], read_published(published))
-    assert "**41.00**† (-5.00, published 40.00, +1.00)" in document.sections
-    assert "**38.00**† (-3.60, published 38.50, -0.50)" in document.sections
-
-
-def test_the_three_kinds_stay_in_files_and_sections_of_their_own(tmp_path: Path, published: Path) -> None:
-    for dataset in ("mini", "mini-hard", "imagenet"):
-        ResultStore(tmp_path / "runs").append(make_row(task="imagenet", dataset=dataset))
-    write_leaderboard(tmp_path / "runs", published, tmp_path / "out")
-    kinds = {
-        "imagenet-mini-w3a3": "measured on the embedded mini benchmark",
-        "imagenet-mini-hard-w3a3": "measured on mini-hard",
-        "imagenet-imagenet-w3a3": "measured on real data",
-        "imagenet-published-w3a3": "published values, from papers and not measured here",
-    }
-    for name, kind in kinds.items():
-        text = (tmp_path / "out" / f"{name}.md").read_text()
-        assert text.splitlines()[2].startswith("# ")
-        assert [other for other in kinds.values() if other in text] == [kind]
-    html = (tmp_path / "out" / "index.html").read_text()
-    sections = [part.partition("</h2>") for part in html.split("<h2>")[1:]]
-    rows = {heading: body.count("<tr data-place") for heading, _, body in sections}
-    assert [count for heading, count in rows.items() if heading.startswith(("Measured", "Published"))] == [1, 1, 1, 4]
+    (document,) = measured_documents(
+        [detector_row(41.0, 38.0, dataset="coco", data_kind="real")], read_published(published)
+    )
+    boxes, masks = grids(document.sections)
+    assert numbers(boxes["noise"]["mask_rcnn_swin_t"]) == [41.0, -5.0, 40.0, 1.0]
+    assert numbers(masks["noise"]["mask_rcnn_swin_t"]) == [38.0, -3.6, 38.5, -0.5]
