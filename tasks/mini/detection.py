@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import numpy as np
 from PIL import Image
 
 from iasvit.errors import IasvitError
+from iasvit.files import atomic_write
 from tasks.mini.scenes import CLASSES, Scene, render
 
 IMAGE_SIZE = 128
@@ -114,9 +114,7 @@ def write(folder: Path, name: str, split: str, count: int, start: int = 0) -> Pa
         content["images"].append(image_entry(index, scene))
         content["annotations"] += object_entries(index, scene, first_id=len(content["annotations"]) + 1)
     path = folder / "annotations" / f"instances_{name}.json"
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content))
-    os.replace(temporary, path)
+    atomic_write(path, json.dumps(content))
     return path
 
 

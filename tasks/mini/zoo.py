@@ -8,7 +8,6 @@ evaluated is what is stored.
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from iasvit.errors import IasvitError
+from iasvit.files import replacing
 
 IMAGE_SIZE = 56
 NUM_CLASSES = 16  # len(scenes.CLASSES); stated here so that a model builds without the renderer
@@ -126,12 +126,8 @@ def save(model: nn.Module, path: Path, metadata: dict[str, Any]) -> None:
     `metadata` is stored as one JSON text: several entries would come in an order that changes from run to run.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as temporary:
         save_file(as_stored(model), temporary, {"training": json.dumps(metadata, sort_keys=True)})
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def checkpoint_path(name: str, folder: Path | None = None) -> Path:

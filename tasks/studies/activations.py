@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import argparse
 import csv
-import os
+import logging
 import sys
 from pathlib import Path
 
@@ -24,9 +24,12 @@ import numpy as np
 from torch import Tensor, nn
 
 from iasvit.errors import IasvitError
+from iasvit.files import replacing
+from tasks.command import print_logs
 from tasks.mini import zoo
 from tasks.mini.observation import SCENES, norm_linear_sites, observe, scene_images
 
+logger = logging.getLogger(__name__)
 COLUMNS = ("model", "block", "site", "n", "statistic", "headline", "q01", "q50", "q99", "q999", "extreme")
 QUANTILES = (0.01, 0.5, 0.99, 0.999)
 SMALL = 2.0**-7
@@ -94,15 +97,10 @@ def write(rows: list[dict[str, object]], path: Path) -> None:
         with path.open(newline="") as file:
             older = [row for row in csv.DictReader(file) if row["model"] not in labels]
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows([*older, *rows])
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary, temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows([*older, *rows])
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -115,6 +113,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--checkpoints", type=Path, help="folder of checkpoints; the repository's own otherwise")
     parser.add_argument("--out", type=Path, default=Path("results/mini_activations.csv"))
     options = parser.parse_args(arguments)
+    print_logs()
     variants = [variant for variant in VARIANTS if getattr(options, variant)] or list(VARIANTS)
     names = options.backbone or [n for n in zoo.MINI_BACKBONES if zoo.checkpoint_path(n, options.checkpoints).is_file()]
     try:
@@ -132,7 +131,7 @@ def main(arguments: list[str] | None = None) -> int:
                 write(rows, options.out)
                 print(summary(rows), flush=True)
     except IasvitError as error:
-        print(f"error: {error}", file=sys.stderr)
+        logger.error("%s", error)
         return 2
     return 0
 

@@ -202,6 +202,7 @@ def real_vit(
         if not source.is_dir():
             raise IasvitError(f"--source {source} is no folder; it holds {WEIGHTS} and {PHOTOGRAPHS}, or give --public")
         record = {"weights": describe_file(source / WEIGHTS), "photographs": describe_file(source / PHOTOGRAPHS)}
+    record["format"] = "BMP"  # a folder from before, of PNG files, is not this data set to the byte
     if finished(out, record):
         print(f"{out} is there already")
         return

@@ -9,7 +9,6 @@ bit-width. What it costs is the model's doing.
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated
@@ -21,7 +20,8 @@ from torch import Tensor, nn
 
 from iasvit.calibration import calibrate_inputs, enabled
 from iasvit.cli import main, make_app
-from iasvit.errors import IasvitError
+from iasvit.errors import IasvitError, reason
+from iasvit.files import replacing
 from iasvit.models import Site, insert_quantizers
 from iasvit.nn import quantizers_of
 from iasvit.progress import Progress
@@ -127,15 +127,12 @@ def softmax(
         add("full precision", None, model)
         for kind, bits in variants(unique(n_bits)):
             add(kind, None if kind == NOISE else bits, with_softmax_quantizer(model, images, kind, bits))
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        pd.DataFrame(rows).astype({"n_bits": "Int64"}).to_csv(temporary, index=False)
-        os.replace(temporary, out)
+        with replacing(out) as temporary:
+            pd.DataFrame(rows).astype({"n_bits": "Int64"}).to_csv(temporary, index=False)
     except OSError as error:
-        raise IasvitError(f"--out {out} cannot be written: {error.strerror or error}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+        raise IasvitError(f"--out {out} cannot be written: {reason(error)}") from None
 
 
 if __name__ == "__main__":

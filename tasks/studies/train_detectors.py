@@ -37,6 +37,7 @@ from torch.distributed.launcher import LaunchConfig, elastic_launch
 
 from iasvit.cli import INTERRUPTED
 from iasvit.errors import IasvitError
+from iasvit.files import replacing
 from tasks.command import print_logs
 from tasks.mini import detectors, zoo
 from tasks.mini.detection import IMAGE_SIZE, PackedScenes, pack
@@ -317,12 +318,8 @@ class Trainer:
             "origin": self.origin,
         }
         self.run.out.mkdir(parents=True, exist_ok=True)
-        temporary = self.run.state_path.with_name(f".{self.run.state_path.name}.{os.getpid()}.tmp")
-        try:
+        with replacing(self.run.state_path) as temporary:
             torch.save(state, temporary)
-            os.replace(temporary, self.run.state_path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
     def finish(self, final: bool) -> dict[str, float]:
         """Round the weights as the checkpoint does, measure them, and write checkpoint and log line."""
