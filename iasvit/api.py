@@ -65,7 +65,7 @@ def quantize(
         for module, mode in training.items():
             module.training = mode
     quantized.eval()
-    known = asdict(method) if is_dataclass(method) else {}
+    known: dict[str, Any] = asdict(method) if is_dataclass(method) else {}
     data = {key: value for key, value in resolve_data_config(model=model).items() if value is not None}
     name = getattr(method, "variant", method.name)
     quantized.quantization = Quantization(name, str(spec), known, description, data)

@@ -147,6 +147,6 @@ def get_method(name: str, **options: Any) -> Method:
     for option in (*left_out, *named):
         if option in options or (option in left_out and option in named):
             raise IasvitError(f"option {option!r} is given twice, one of them by method {name!r}; give it once")
-    method = load_method_class(base)(**options, **left_out, **named)
+    method: Any = load_method_class(base)(**options, **left_out, **named)
     method.variant = name
     return method

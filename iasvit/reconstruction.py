@@ -74,7 +74,9 @@ def stream(
         IasvitError: NaN or Inf between two segments (the message names the first), or a journal of another model.
     """
     device = next(model.parameters()).device
-    inputs_fp = inputs_q = calibration_store(calibration, device, memory_budget)
+    images = calibration_store(calibration, device, memory_budget)
+    inputs_fp: Store = images
+    inputs_q: Store = images
     chain = list(zip(segments(model), segments(quantized), strict=True))
     done = -1
     restored = progress.restore()
@@ -82,14 +84,15 @@ def stream(
         done, state = restored
         _load(state, quantized, progress)
     elif start is not None:
-        start(inputs_fp)
+        start(images)
     with progress.phase("reconstruction", steps) as bar:
         if restored is not None and steps:
             fits = [bool(segment.modules) for _, segment in chain]
             bar.update(steps * sum(fits[: done + 1]) // sum(fits))
         for index, (full, segment) in enumerate(chain):
             last = index + 1 == len(chain)
-            targets = outputs = ActivationStore()
+            outputs: Store = ActivationStore()
+            targets: Store = outputs
             if segment.reconstruct or not last:
                 outputs = inputs_fp.map(full.run, batch_size, f"{full.name} (full precision)")
                 targets = outputs if segment.reconstruct else targets

@@ -365,7 +365,7 @@ def _rewrite(path: Path, row: Row) -> None:
             read.append(line + "\n")
     header = _columns(*(fields for fields in read if isinstance(fields, dict)), row)
     written = [_line(header)]
-    for line in read:
-        written.append(line if isinstance(line, str) else _line(line.get(name) for name in header))
+    for kept in read:
+        written.append(kept if isinstance(kept, str) else _line(kept.get(name) for name in header))
     written.append(_line(row.get(name) for name in header))
     atomic_write(path, "".join(written).encode(errors="surrogateescape"))

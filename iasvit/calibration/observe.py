@@ -118,11 +118,16 @@ def calibrate_in_sequence(quantizers: Sequence[tuple[str, Quantizer]], run: Call
     for quantizer in names:
         quantizer.enabled = False
     for quantizer in [*reached, *(q for q in names if q not in reached)]:
-        inputs: list[Tensor] = []
-        with _watching([quantizer], lambda _, args, inputs=inputs: inputs.append(args[0])):
-            run()
-        _calibrate_on(names[quantizer], quantizer, inputs)
+        _calibrate_on(names[quantizer], quantizer, _inputs_of(quantizer, run))
     return run()
+
+
+def _inputs_of(quantizer: Quantizer, run: Callable[[], object]) -> list[Tensor]:
+    """What reaches a quantizer while `run()` runs, call by call."""
+    inputs: list[Tensor] = []
+    with _watching([quantizer], lambda _, args: inputs.append(args[0])):
+        run()
+    return inputs
 
 
 @torch.no_grad()

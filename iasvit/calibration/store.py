@@ -88,12 +88,11 @@ class ActivationStore:
         batch = batch.detach()
         self.device = batch.device
         size = batch.numel() * batch.element_size()
-        if self._held + size > self.memory_budget:
-            batch = self._spilled(batch)
-        else:
+        spilled = self._held + size > self.memory_budget
+        if not spilled:
             self._held += size
         self._where += [(len(self._batches), row) for row in range(batch.shape[0])]
-        self._batches.append(batch)
+        self._batches.append(self._spilled(batch) if spilled else batch)
 
     def _spilled(self, batch: Tensor) -> _FileBatch:
         if self._spill is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import pandas as pd
 
@@ -79,7 +80,8 @@ def _document(
         (split_size, part["data_time"].iloc[0], fingerprint): part
         for (split_size, fingerprint), part in rows.groupby(["split_size", "data_fingerprint"])
     }
-    sections, details, frames, first = [], [], [], {}
+    sections, details, frames = [], [], []
+    first: dict[str, Any] = {}
     for data, part in sorted(parts.items(), reverse=True):
         split_size, _, fingerprint = data
         size = _size(rows, split_size, fingerprint)

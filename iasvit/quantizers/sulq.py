@@ -49,9 +49,9 @@ class SULQuantizer(Quantizer):
         rows = x.float().reshape(1, -1)
         smallest, largest = rows.amin(dim=1), rows.amax(dim=1)
         candidates = []
-        for shift in self.shifts:
-            scale, zero_point = range_to_uniform(-(largest + shift).log2(), -(smallest + shift).log2(), self.n_bits)
-            candidates.append((torch.full_like(scale, shift), scale, zero_point))
+        for each in self.shifts:
+            scale, zero_point = range_to_uniform(-(largest + each).log2(), -(smallest + each).log2(), self.n_bits)
+            candidates.append((torch.full_like(scale, each), scale, zero_point))
         shift, scale, zero_point = best_candidate(rows, candidates, self._fake_quantize_with)
         self.shift, self.scale = shift.reshape(()), scale.reshape(())
         self.zero_point = zero_point.reshape(()).to(torch.int32)
