@@ -1,4 +1,4 @@
-"""Progress of long work: phases and their seconds, a bar or plain lines, and a journal to resume from."""
+"""Progress of long work: phases and their seconds, a bar or plain lines, and a checkpoint to resume from."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from iasvit.errors import StorageError, reason
 from iasvit.files import replacing
 
 
-class JournalError(StorageError):
-    """The journal cannot be written."""
+class CheckpointError(StorageError):
+    """The checkpoint cannot be written."""
 
 
 class _Lines(tqdm):
@@ -45,7 +45,7 @@ class Progress:
 
     Args:
         label: what the work is, shown at the start of each line.
-        journal: folder for resume files, or None to keep nothing. One cell, one folder.
+        checkpoint: folder for resume files, or None to keep nothing. One cell, one folder.
         quiet: print nothing.
 
     Attributes:
@@ -54,9 +54,9 @@ class Progress:
 
     LINE_EVERY = 20.0  # seconds between plain lines when standard error is no terminal
 
-    def __init__(self, label: str = "", journal: Path | None = None, quiet: bool = True) -> None:
+    def __init__(self, label: str = "", checkpoint: Path | None = None, quiet: bool = True) -> None:
         self.label = label
-        self.journal = journal
+        self.checkpoint = checkpoint
         self.quiet = quiet
         self.seconds: dict[str, float] = {}
         self._running: list[str] = []  # phases, the innermost last
@@ -96,29 +96,29 @@ class Progress:
         """Record that steps 0 … `step` are done, with the tensors to go on from. Atomic; the older record goes.
 
         Raises:
-            JournalError: the folder cannot be written.
+            CheckpointError: the folder cannot be written.
         """
-        if self.journal is None:
+        if self.checkpoint is None:
             return
         self._charge()
-        target = self.journal / "journal.safetensors"
+        target = self.checkpoint / "checkpoint.safetensors"
         metadata = {"step": str(step), "seconds": json.dumps(self.seconds)}
         try:
-            self.journal.mkdir(parents=True, exist_ok=True)
+            self.checkpoint.mkdir(parents=True, exist_ok=True)
             tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in state.items()}
             with replacing(target) as beside:
                 save_file(tensors, beside, metadata)
         except (OSError, SafetensorError) as error:
-            raise JournalError(
+            raise CheckpointError(
                 f"{target} cannot be written: {reason(error)}; free space or run in another folder"
             ) from error
 
     def restore(self) -> tuple[int, dict[str, torch.Tensor]] | None:
         """The last record as (step, tensors), or None; the seconds spent before are added to this run's."""
-        if self.journal is None or not (self.journal / "journal.safetensors").is_file():
+        if self.checkpoint is None or not (self.checkpoint / "checkpoint.safetensors").is_file():
             return None
         try:
-            with safe_open(self.journal / "journal.safetensors", framework="pt") as file:
+            with safe_open(self.checkpoint / "checkpoint.safetensors", framework="pt") as file:
                 metadata = file.metadata()
                 state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError):
@@ -128,11 +128,11 @@ class Progress:
         return int(metadata["step"]), state
 
     def discard(self) -> None:
-        """Forget the journal: the cell is done and its row is stored."""
-        if self.journal is not None:
-            shutil.rmtree(self.journal, ignore_errors=True)
+        """Forget the checkpoint: the cell is done and its row is stored."""
+        if self.checkpoint is not None:
+            shutil.rmtree(self.checkpoint, ignore_errors=True)
 
 
 def fingerprint(*parts: object) -> str:
-    """Sixteen hex digits of the parts' text: the key of a cell, the name of a journal."""
+    """Sixteen hex digits of the parts' text: the key of a cell, the name of a checkpoint."""
     return hashlib.sha256("\x1f".join(str(part) for part in parts).encode()).hexdigest()[:16]

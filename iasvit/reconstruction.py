@@ -56,8 +56,8 @@ def stream(
     """Quantize a model segment by segment; `fit` does the work on one.
 
     The outputs of a segment are the inputs of the next, in both models, so that no segment runs twice on the same
-    activations. After each segment the quantized model goes to the progress journal, and a later run with the same
-    journal goes on from there.
+    activations. After each segment the quantized model goes to the progress checkpoint, and a later run with the same
+    checkpoint goes on from there.
 
     Args:
         model: full precision, eval mode.
@@ -65,13 +65,13 @@ def stream(
         calibration: images N×3×H×W, or batches of them.
         fit: called for each segment that has quantized layers.
         progress: of one phase, "reconstruction".
-        start: called once with the images before the first segment; not by a run that a journal resumes.
+        start: called once with the images before the first segment; not by a run that a checkpoint resumes.
         batch_size: images a forward pass.
         steps: what `fit` moves the bar by in all, for the time left.
         memory_budget: bytes for each store of activations.
 
     Raises:
-        IasvitError: NaN or Inf between two segments (the message names the first), or a journal of another model.
+        IasvitError: NaN or Inf between two segments (the message names the first), or a checkpoint of another model.
     """
     device = next(model.parameters()).device
     images = calibration_store(calibration, device, memory_budget)
@@ -105,7 +105,7 @@ def stream(
 
 
 def _load(state: dict[str, Tensor], quantized: nn.Module, progress: Progress) -> None:
-    """Take over a journal's state; another model's or other bits' is refused."""
+    """Take over a checkpoint's state; another model's or other bits' is refused."""
     before = {name: m.n_bits for name, m in quantized.named_modules() if isinstance(m, Quantizer)}
     try:
         quantized.load_state_dict(state)
@@ -113,7 +113,9 @@ def _load(state: dict[str, Tensor], quantized: nn.Module, progress: Progress) ->
     except (RuntimeError, KeyError):
         fits = False
     if not fits:
-        raise IasvitError(f"the journal in {progress.journal} is of another model or other bits; give another folder")
+        raise IasvitError(
+            f"the checkpoint in {progress.checkpoint} is of another model or other bits; give another folder"
+        )
 
 
 def squared_error(output: Tensor, target: Tensor) -> Tensor:

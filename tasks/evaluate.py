@@ -13,7 +13,7 @@ from iasvit.benchmark.task import Task
 from iasvit.cli import main, make_app
 from iasvit.errors import IasvitError
 from iasvit.progress import Progress
-from tasks.command import make_device
+from tasks.command import make_device, print_logs
 
 app = make_app()
 
@@ -40,6 +40,7 @@ def evaluate(
     device: Annotated[str | None, typer.Option(help="[cuda where there is one, else cpu]")] = None,
 ) -> None:
     """Print every metric of a saved model and of the model that it was made from. No row is stored."""
+    print_logs()
     measured = _task(task, data, data_root, checkpoint, pretrained, limit, device)
     result = evaluate_file(measured, file, model, Progress(model, quiet=False))
     made = result.quantization

@@ -1,4 +1,4 @@
-"""What only a GPU does: steps replayed as a graph, and a run that goes on from a journal."""
+"""What only a GPU does: steps replayed as a graph, and a run that goes on from a checkpoint."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 OPTIONS = {"iterations": 6, "batch_size": 5, "lr": 1e-3}
 
 
-def quantize(journal: Path | None = None) -> dict[str, torch.Tensor]:
+def quantize(checkpoint: Path | None = None) -> dict[str, torch.Tensor]:
     model, images = tiny_models.vit().cuda(), tiny_models.images().cuda()
-    return IASViT(**OPTIONS).quantize(model, images, QuantSpec(4, 4), Progress(journal=journal)).state_dict()
+    return IASViT(**OPTIONS).quantize(model, images, QuantSpec(4, 4), Progress(checkpoint=checkpoint)).state_dict()
 
 
 def test_replayed_steps_learn_what_eager_steps_do(monkeypatch: pytest.MonkeyPatch) -> None:

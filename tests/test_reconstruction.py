@@ -131,16 +131,16 @@ def test_a_run_resumes_at_the_interrupted_segment_to_the_bit(
 
     first, second = quantizable_copy(model), quantizable_copy(model)
     with pytest.raises(Interrupted):
-        stream(model, first, images, failing(learn, at), Progress(journal=tmp_path), batch_size=BATCH)
+        stream(model, first, images, failing(learn, at), Progress(checkpoint=tmp_path), batch_size=BATCH)
     fitted: list[int] = []
     fit = lambda job: (fitted.append(job.index), learn(job))  # noqa: E731
-    stream(model, second, images, fit, Progress(journal=tmp_path), batch_size=BATCH)
+    stream(model, second, images, fit, Progress(checkpoint=tmp_path), batch_size=BATCH)
     assert fitted == [index for index, s in enumerate(segments(model)) if s.modules and index >= at]
     assert tiny_models.same_bits(expected.state_dict(), second.state_dict())
     assert all(not parameter.requires_grad for parameter in second.parameters())
 
     third = quantizable_copy(model)  # all done: nothing is left to fit
-    stream(model, third, images, pytest.fail, Progress(journal=tmp_path), batch_size=BATCH)
+    stream(model, third, images, pytest.fail, Progress(checkpoint=tmp_path), batch_size=BATCH)
     assert tiny_models.same_bits(expected.state_dict(), third.state_dict())
 
 
@@ -157,7 +157,7 @@ def test_the_bar_reaches_its_end_also_in_a_resumed_run(vit: nn.Module, images: T
             yield self
 
     # Four segments learn, 3 steps each.
-    whole, cut, rest = Watched(), Watched(journal=tmp_path), Watched(journal=tmp_path)
+    whole, cut, rest = Watched(), Watched(checkpoint=tmp_path), Watched(checkpoint=tmp_path)
     stream(vit, quantizable_copy(vit), images, learn, whole, steps=12)
     assert whole.moved == 12
     with pytest.raises(Interrupted):
@@ -166,12 +166,16 @@ def test_the_bar_reaches_its_end_also_in_a_resumed_run(vit: nn.Module, images: T
     assert rest.moved == 12
 
 
-def test_the_journal_of_another_model_or_other_bits_is_refused(vit: nn.Module, images: Tensor, tmp_path: Path) -> None:
-    stream(vit, quantizable_copy(vit), images, quantize_only, Progress(journal=tmp_path))
+def test_the_checkpoint_of_another_model_or_other_bits_is_refused(
+    vit: nn.Module, images: Tensor, tmp_path: Path
+) -> None:
+    stream(vit, quantizable_copy(vit), images, quantize_only, Progress(checkpoint=tmp_path))
     for other, spec in ((tiny_models.vit(depth=3), "W3A3"), (tiny_models.vit(), "W3A3,head=W4A3")):
         quantized = tiny_models.quantizable(other, spec)
-        with pytest.raises(IasvitError, match=f"journal in {tmp_path} is of another model or other bits"):
-            stream(tiny_models.vit(depth=len(other.blocks)), quantized, images, pytest.fail, Progress(journal=tmp_path))
+        with pytest.raises(IasvitError, match=f"checkpoint in {tmp_path} is of another model or other bits"):
+            stream(
+                tiny_models.vit(depth=len(other.blocks)), quantized, images, pytest.fail, Progress(checkpoint=tmp_path)
+            )
 
 
 def test_nan_names_the_layer_it_left(images: Tensor) -> None:
@@ -285,9 +289,11 @@ def test_where_nothing_is_to_be_learnt_nothing_changes() -> None:
     assert tiny_models.same_bits(module.state_dict(), linear().state_dict())
 
 
-def test_quantizers_are_found_by_the_journal_under_their_names(vit: nn.Module, images: Tensor, tmp_path: Path) -> None:
+def test_quantizers_are_found_by_the_checkpoint_under_their_names(
+    vit: nn.Module, images: Tensor, tmp_path: Path
+) -> None:
     quantized = quantizable_copy(vit)
-    stream(vit, quantized, images, quantize_only, Progress(journal=tmp_path))
-    _, state = Progress(journal=tmp_path).restore()
+    stream(vit, quantized, images, quantize_only, Progress(checkpoint=tmp_path))
+    _, state = Progress(checkpoint=tmp_path).restore()
     names = {name for name, module in quantized.named_modules() if isinstance(module, Quantizer)}
     assert {name.removesuffix("._extra_state") for name in state if name.endswith("_extra_state")} == names

@@ -29,9 +29,9 @@ W3A3 = QuantSpec(3, 3)
 BATCH = 5
 
 
-def quantize(model: nn.Module, images: Tensor, spec: QuantSpec = W3A3, journal: Path | None = None, **options: Any):  # noqa: ANN201
+def quantize(model: nn.Module, images: Tensor, spec: QuantSpec = W3A3, checkpoint: Path | None = None, **options: Any):  # noqa: ANN201
     options = {"iterations": 3, "batch_size": BATCH, "lr": 1e-2, **options}
-    return IASViT(**options).quantize(model, images, spec, Progress(journal=journal))
+    return IASViT(**options).quantize(model, images, spec, Progress(checkpoint=checkpoint))
 
 
 def affine(model: nn.Module) -> dict[str, Tensor]:
@@ -429,7 +429,7 @@ def test_resumed_in_the_middle_of_a_block_it_gives_the_same_bits(
     while quantized is None:
         runs += 1
         try:
-            quantized = quantize(model, images, journal=tmp_path, sos=sos_on)
+            quantized = quantize(model, images, checkpoint=tmp_path, sos=sos_on)
         except Interrupted:
             continue
     assert runs >= 2

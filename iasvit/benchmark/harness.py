@@ -31,7 +31,7 @@ from iasvit.progress import Progress, fingerprint
 from iasvit.spec import QuantSpec
 
 FULL_PRECISION = "fp32"  # the method's name in the row of a model that is not quantized
-JOURNAL_ROOT = Path(".iasvit/journal")
+CHECKPOINT_ROOT = Path(".iasvit/checkpoints")
 
 _STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
 
@@ -62,7 +62,7 @@ def run_cells(
     cells: Sequence[Cell],
     store: ResultStore,
     *,
-    journal_root: Path = JOURNAL_ROOT,
+    checkpoint_root: Path = CHECKPOINT_ROOT,
     force: bool = False,
     stale: bool = False,
     save: Path | None = None,
@@ -78,7 +78,7 @@ def run_cells(
         task: where models and data come from.
         cells: what to measure.
         store: where rows go.
-        journal_root: folder for what an interrupted cell resumes from.
+        checkpoint_root: folder for what an interrupted cell resumes from.
         force: measure also cells that are stored.
         stale: measure also cells that are stored by another version of the method or the task.
         save: folder that keeps the quantized model of each cell measured, a file each; None for none.
@@ -91,7 +91,7 @@ def run_cells(
         IasvitError: bad bits, method or option (before anything runs); a model, data or a folder that cannot be used.
     """
     jobs = make_jobs(task, cells)
-    run = _Run(task, store, Path(journal_root), force, stale, save, quiet)
+    run = _Run(task, store, Path(checkpoint_root), force, stale, save, quiet)
     return [run.measure(job, f"[{number}/{len(jobs)}]") for number, job in enumerate(jobs, start=1)]
 
 
@@ -172,7 +172,7 @@ class _Run:
 
     task: Task
     store: ResultStore
-    journal_root: Path
+    checkpoint_root: Path
     force: bool
     stale: bool
     save: Path | None
@@ -208,8 +208,8 @@ class _Run:
             return fp_row
         network = self.task.load_model(cell.model)
         calibration = self.task.calibration(cell.model, cell.calib_size, cell.seed)
-        journal = self._journal(job, device_of(network))
-        progress = Progress(f"{cell.model} {cell.method}", journal, self.quiet)
+        checkpoint = self._checkpoint(job, device_of(network))
+        progress = Progress(f"{cell.model} {cell.method}", checkpoint, self.quiet)
         row = self._row(job, network)
         row.update({f"fp_{name}": fp_row[name] for name in self.primary})
         try:
@@ -333,14 +333,14 @@ class _Run:
                 raise IasvitError(f"{name} of the model is {scores[name]}; its outputs are not finite")
         row.update(scores)
 
-    def _journal(self, job: Job, device: torch.device) -> Path:
-        """The cell's journal folder; what is left of the same cell by other versions or on another device goes."""
+    def _checkpoint(self, job: Job, device: torch.device) -> Path:
+        """The cell's checkpoint folder; what is left of the same cell by other versions or on another device goes."""
         versions = (method_version(job.cell.method), self.task.version, torch.__version__)
         threads = torch.get_num_threads() if device.type == "cpu" else ""
-        folder = self.journal_root / f"{fingerprint(*job.key)}-{fingerprint(*versions, device.type, threads)}"
-        for old in self.journal_root.glob(f"{fingerprint(*job.key)}-*"):
+        folder = self.checkpoint_root / f"{fingerprint(*job.key)}-{fingerprint(*versions, device.type, threads)}"
+        for old in self.checkpoint_root.glob(f"{fingerprint(*job.key)}-*"):
             if old != folder:
-                Progress(journal=old).discard()
+                Progress(checkpoint=old).discard()
         return folder
 
     def _failed(self, row: Row, error: Exception) -> None:

@@ -101,7 +101,7 @@ def search_scales(
         labels: draws the labels of the Fisher; None where the metric needs none.
         init_size: images.
         progress: of the phases "capture" (data through the model) and "calibration" (the search). A run with the same
-            journal goes on after the last segment done.
+            checkpoint goes on after the last segment done.
 
     Raises:
         IasvitError: NaN or Inf in a layer's input; no class logits for a Fisher.

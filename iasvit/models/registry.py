@@ -89,7 +89,7 @@ def insert_quantizers(
     inserter = Inserter(spec, weight, activation)
     device = next(model.parameters()).device
     adapter_for(model).insert(model, inserter)
-    model.to(device)  # quantizers too, although empty: a state that a journal restores goes where they are
+    model.to(device)  # quantizers too, although empty: a state that a checkpoint restores goes where they are
     spec.check_overrides(inserter.names)
     for name, module in model.named_modules():
         if name in inserter.left:

@@ -166,8 +166,8 @@ class _Stopped(Exception):
 class _StopAfter(Progress):
     """Stops the work when so many segments are recorded."""
 
-    def __init__(self, journal: Path, segments: int) -> None:
-        super().__init__(journal=journal)
+    def __init__(self, checkpoint: Path, segments: int) -> None:
+        super().__init__(checkpoint=checkpoint)
         self.left = segments
 
     def save(self, step: int, state: dict[str, Tensor]) -> None:
@@ -191,7 +191,7 @@ def test_a_stopped_search_goes_on_after_the_last_segment(
     searched: list[str] = []
     original = scale_search.search_layer
     monkeypatch.setattr(scale_search, "search_layer", lambda c, *args: (searched.append(c.name), original(c, *args)))
-    resumed = quantize(model, images, name, progress=Progress(journal=tmp_path))
+    resumed = quantize(model, images, name, progress=Progress(checkpoint=tmp_path))
     assert equal(resumed, expected)
     assert all(
         quantizer.enabled for weights in (True, False) for _, quantizer in quantizers_of(resumed, weights=weights)

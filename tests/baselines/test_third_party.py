@@ -41,7 +41,7 @@ class Task:
         return {"agreement": float((predictions == reference).float().mean() * 100)}
 
 cells = [Cell("vit", "clipped", spec, 0, 8, (("percentile", 0.99),)) for spec in ("W3A3", "W8A8")]
-rows = run_cells(Task(), cells, ResultStore(Path("runs")), journal_root=Path("journal"), quiet=True)
+rows = run_cells(Task(), cells, ResultStore(Path("runs")), checkpoint_root=Path("checkpoint"), quiet=True)
 model = tiny_model("swin")
 quantized = iasvit.quantize(model, tiny_images(model, 4), "W4A4", "clipped")
 iasvit.save(quantized, "model.safetensors")

@@ -20,7 +20,7 @@ from iasvit.benchmark.estimate import estimate, format_estimates
 from iasvit.benchmark.harness import Cell, exit_status, run_cells
 from iasvit.benchmark.results import Key, ResultStore, Row
 from iasvit.errors import IasvitError
-from iasvit.progress import JournalError, Progress
+from iasvit.progress import CheckpointError, Progress
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +35,7 @@ def store(tmp_path: Path) -> ResultStore:
 
 
 def run(task: FakeTask, cells: list[Cell], store: ResultStore, **options: bool) -> list[Row]:
-    return run_cells(task, cells, store, journal_root=store.folder.parent / "journal", quiet=True, **options)
+    return run_cells(task, cells, store, checkpoint_root=store.folder.parent / "checkpoint", quiet=True, **options)
 
 
 def cell(method: str = "noise", model: str = "vit_s", seed: int = 0, **options: object) -> Cell:
@@ -178,9 +178,9 @@ def test_a_full_disk_stops_the_run(store: ResultStore) -> None:
     assert store.rows()["method"].tolist() == ["fp32"]
 
 
-def test_a_journal_that_cannot_be_written_stops_the_run(tmp_path: Path, store: ResultStore) -> None:
-    (tmp_path / "journal").touch()
-    with pytest.raises(JournalError, match=r"journal.safetensors cannot be written"):
+def test_a_checkpoint_that_cannot_be_written_stops_the_run(tmp_path: Path, store: ResultStore) -> None:
+    (tmp_path / "checkpoint").touch()
+    with pytest.raises(CheckpointError, match=r"checkpoint.safetensors cannot be written"):
         run(FakeTask(), [cell()], store)
     assert store.rows()["method"].tolist() == ["fp32"]
 
@@ -201,7 +201,7 @@ def test_interrupt_passes_through_and_the_rerun_goes_on_inside_the_cell(
     assert Noise.steps == [0, 1, 2]
     (whole,) = run(FakeTask(), [cell()], ResultStore(store.folder.parent / "whole"))
     assert row["top1"] == whole["top1"]
-    assert list((store.folder.parent / "journal").iterdir()) == []  # discarded
+    assert list((store.folder.parent / "checkpoint").iterdir()) == []  # discarded
 
 
 @pytest.mark.parametrize("change", ["method", "task", "threads", "torch"])
@@ -215,8 +215,8 @@ def test_what_another_version_or_machine_began_is_not_gone_on_with(
         patch.setattr(Noise, "after", interrupt)
         with pytest.raises(KeyboardInterrupt):
             run(FakeTask(), [cell()], store)
-    journal = store.folder.parent / "journal"
-    assert len(list(journal.iterdir())) == 1
+    checkpoint = store.folder.parent / "checkpoint"
+    assert len(list(checkpoint.iterdir())) == 1
     if change == "threads":
         monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
     elif change == "torch":
@@ -225,7 +225,7 @@ def test_what_another_version_or_machine_began_is_not_gone_on_with(
         monkeypatch.setattr(Noise if change == "method" else FakeTask, "version", 2, raising=False)
     run(FakeTask(), [cell()], store)
     assert Noise.steps == [0, 0, 1, 2]
-    assert list(journal.iterdir()) == []
+    assert list(checkpoint.iterdir()) == []
 
 
 _KILLED = """
@@ -271,15 +271,15 @@ def test_a_run_killed_inside_a_cell_resumes_there(tmp_path: Path, number: signal
     assert (tmp_path / "steps.txt").read_text().split() == ["0", "1", "2"]  # each step once, over both runs
     values = store.rows().set_index("method")["top1"]
     assert values["killed"] == values["noise"]  # the same steps, interrupted and not
-    assert not list((tmp_path / ".iasvit" / "journal").iterdir())
+    assert not list((tmp_path / ".iasvit" / "checkpoints").iterdir())
 
 
 def test_a_defect_shows_where_it_is_and_bad_input_does_not(
     store: ResultStore, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run_cells(FakeTask(), [cell("broken")], store, journal_root=store.folder / "j")
+    run_cells(FakeTask(), [cell("broken")], store, checkpoint_root=store.folder / "j")
     assert "harness_fakes.py" in capsys.readouterr().err
-    run_cells(FakeTask(), [cell("broken", how="nan")], store, journal_root=store.folder / "j")
+    run_cells(FakeTask(), [cell("broken", how="nan")], store, checkpoint_root=store.folder / "j")
     shown = capsys.readouterr().err
     assert "Traceback" not in shown
     assert "failed: layer 'fc' puts out NaN" in shown
@@ -318,17 +318,17 @@ def test_an_estimate_runs_no_method_and_says_what_it_rests_on(store: ResultStore
 # Progress
 
 
-def test_a_phase_inside_another_counts_for_itself_and_the_journal_knows_a_running_one(
+def test_a_phase_inside_another_counts_for_itself_and_the_checkpoint_knows_a_running_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = iter([0.0, 1.0, 5.0, 7.0, 20.0])
     monkeypatch.setattr("iasvit.progress.time.perf_counter", lambda: next(clock))
-    progress = Progress(journal=tmp_path / "j")
+    progress = Progress(checkpoint=tmp_path / "j")
     with progress.phase("outer"):
         with progress.phase("inner"):
             pass
         progress.save(0, {"x": torch.zeros(1)})
-        resumed = Progress(journal=tmp_path / "j")
+        resumed = Progress(checkpoint=tmp_path / "j")
         resumed.restore()
     assert progress.seconds == {"outer": 1 + 2 + 13, "inner": 4}
     assert resumed.seconds == {"outer": 3, "inner": 4}

@@ -31,7 +31,7 @@ def store(tmp_path: Path) -> ResultStore:
 
 
 def run(store: ResultStore, *cells: Cell, **options: Any) -> list[Row]:
-    return run_cells(FakeTask(), cells, store, journal_root=store.folder.parent / "journal", **options)
+    return run_cells(FakeTask(), cells, store, checkpoint_root=store.folder.parent / "checkpoint", **options)
 
 
 def test_each_cell_keeps_a_file_of_its_own_that_its_row_names(store: ResultStore) -> None:

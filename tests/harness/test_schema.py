@@ -142,7 +142,7 @@ def test_a_file_without_a_column_that_makes_a_row_is_left_out(
 def test_a_cell_on_unknown_data_is_measured_again_and_then_gives_way(store: ResultStore) -> None:
     cell = Cell("vit_s", "noise", "W3A3", 0, 8)
     write(store, first_schema(), first_schema(seed=1))
-    (row,) = run_cells(FakeTask(), [cell], store, journal_root=store.folder / "journal", quiet=True)
+    (row,) = run_cells(FakeTask(), [cell], store, checkpoint_root=store.folder / "checkpoint", quiet=True)
     assert row["data_fingerprint"] == "d1"
     known = store.rows()
     cells = known[known["method"] == "noise"].set_index("seed")["data_fingerprint"]
@@ -152,7 +152,7 @@ def test_a_cell_on_unknown_data_is_measured_again_and_then_gives_way(store: Resu
 def test_data_and_configurations_are_told_apart(store: ResultStore) -> None:
     cell = Cell("vit_s", "noise", "W3A3", 0, 8)
     for task in (FakeTask(), FakeTask(data="d2"), FakeTask(config="c2")):
-        run_cells(task, [cell], store, journal_root=store.folder / "journal", quiet=True)
+        run_cells(task, [cell], store, checkpoint_root=store.folder / "checkpoint", quiet=True)
     assert len(store.rows()) == 6  # each with its full precision
 
 

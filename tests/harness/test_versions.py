@@ -36,7 +36,7 @@ def store(tmp_path: Path) -> ResultStore:
 
 
 def run(store: ResultStore, cell: Cell = CELL, **options: bool) -> Row:
-    (row,) = run_cells(FakeTask(), [cell], store, journal_root=store.folder.parent / "journal", **options)
+    (row,) = run_cells(FakeTask(), [cell], store, checkpoint_root=store.folder.parent / "checkpoint", **options)
     return row
 
 

@@ -232,7 +232,7 @@ def test_an_unknown_description_is_refused() -> None:
 
 
 def test_quantizers_are_made_on_the_models_device() -> None:
-    """Uncalibrated too: a journal's state is loaded into them, and stays on whatever device they are."""
+    """Uncalibrated too: a checkpoint's state is loaded into them, and stays on whatever device they are."""
     model = tiny_models.quantizable(tiny_models.vit().to("meta"))
     devices = {buffer.device.type for m in model.modules() if isinstance(m, Quantizer) for buffer in m.buffers()}
     assert devices == {"meta"}
