@@ -166,9 +166,7 @@ def test_the_bar_reaches_its_end_also_in_a_resumed_run(vit: nn.Module, images: T
     assert rest.moved == 12
 
 
-def test_the_checkpoint_of_another_model_or_other_bits_is_refused(
-    vit: nn.Module, images: Tensor, tmp_path: Path
-) -> None:
+def test_a_checkpoint_of_another_model_or_bits_is_refused(vit: nn.Module, images: Tensor, tmp_path: Path) -> None:
     stream(vit, quantizable_copy(vit), images, quantize_only, Progress(checkpoint=tmp_path))
     for other, spec in ((tiny_models.vit(depth=3), "W3A3"), (tiny_models.vit(), "W3A3,head=W4A3")):
         quantized = tiny_models.quantizable(other, spec)
@@ -289,9 +287,7 @@ def test_where_nothing_is_to_be_learnt_nothing_changes() -> None:
     assert tiny_models.same_bits(module.state_dict(), linear().state_dict())
 
 
-def test_quantizers_are_found_by_the_checkpoint_under_their_names(
-    vit: nn.Module, images: Tensor, tmp_path: Path
-) -> None:
+def test_a_checkpoint_has_quantizers_under_their_names(vit: nn.Module, images: Tensor, tmp_path: Path) -> None:
     quantized = quantizable_copy(vit)
     stream(vit, quantized, images, quantize_only, Progress(checkpoint=tmp_path))
     _, state = Progress(checkpoint=tmp_path).restore()
