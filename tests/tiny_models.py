@@ -11,7 +11,7 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from iasvit.models import Site, insert_quantizers
+from iasvit.models import Adapter, Inserter, Segment, Site, insert_quantizers
 from iasvit.quantizers import Quantizer, SULQuantizer, UniformQuantizer
 from iasvit.spec import QuantSpec
 
@@ -97,3 +97,19 @@ def bits_of(model: nn.Module) -> dict[str, Tensor]:
 def same_bits(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
     """Whether two state dicts hold the same tensors to the bit."""
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+class ChainAdapter(Adapter):
+    """The adapter of a test's own model, whose method `segments` says what it is made of."""
+
+    def insert(self, model: nn.Module, inserter: Inserter) -> None:
+        raise AssertionError("not needed")
+
+    def segments(self, model: nn.Module) -> list[Segment]:
+        return model.segments()
+
+    def describe(self, model: nn.Module) -> dict[str, object]:
+        raise AssertionError("not needed")
+
+    def build(self, description: dict[str, object]) -> nn.Module:
+        raise AssertionError("not needed")

@@ -10,16 +10,16 @@ rounding noise.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from iasvit.calibration.observe import enabled
-from iasvit.calibration.store import Collector, Store, tensors
+from iasvit.calibration.store import ActivationStore, Collector, Store, tensors
 from iasvit.errors import IasvitError
-from iasvit.models import Segment, segments
+from iasvit.models import Segment, adapter_for
 from iasvit.nn import QuantConv2d, QuantLinear, QuantMatMul, quantizers_of
 
 Product = QuantLinear | QuantConv2d | QuantMatMul
@@ -45,25 +45,6 @@ class Capture:
     fisher: Tensor | None
 
 
-def label_gradient(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """∂ log p(y|x) / ∂logits = onehot(y) - p for a label y drawn from p = softmax(logits); both (B, classes).
-
-    Args:
-        logits: of any device.
-        generator: a CPU generator; the same state gives the same labels.
-
-    Raises:
-        IasvitError: the output is no table of logits.
-    """
-    if logits.ndim != 2:
-        raise IasvitError(
-            f"the model puts out {tuple(logits.shape)}, but a Fisher-weighted search needs logits (images, classes)"
-        )
-    p = logits.detach().cpu().double().softmax(dim=1)
-    labels = torch.multinomial(p, 1, generator=generator)
-    return (-p).scatter_add_(1, labels, torch.ones_like(p[:, :1])).to(logits)
-
-
 @torch.no_grad()
 def captures(
     model: nn.Module, images: Store, labels: torch.Generator | None, batch_size: int = 16
@@ -85,7 +66,8 @@ def captures(
         IasvitError: NaN or Inf in activations (the layer or block is named); an output that is no table of logits.
     """
     quantizers = [q for weights in (True, False) for q in quantizers_of(model, weights=weights)]
-    chain = segments(model)
+    adapter = adapter_for(model)
+    chain = adapter.segments(model)
     with enabled(quantizers, False):
         if labels is None:
             for segment in chain:
@@ -93,9 +75,11 @@ def captures(
                 yield layers
             return
         inputs = [images]
-        for segment in chain:
+        for segment in chain[:-1]:
             inputs.append(inputs[-1].map(segment.run, batch_size, segment.name))
-        gradients = inputs.pop().map(lambda logits: label_gradient(logits, labels), batch_size, "head")
+        chain[-1] = replace(chain[-1], run=lambda x: adapter.log_likelihood(model, x, labels))
+        gradients: Store = ActivationStore()
+        gradients.append(torch.ones(len(images), device=images.device))
         for segment in reversed(chain):
             layers, gradients = _capture(segment, inputs.pop(), gradients, batch_size)
             yield layers

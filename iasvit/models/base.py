@@ -7,9 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from iasvit.errors import IasvitError
+from iasvit.models.likelihood import label_gradient
 from iasvit.nn import QuantConv2d, QuantLayer, QuantLinear
 from iasvit.quantizers import Quantizer
 from iasvit.spec import FULL_PRECISION, QuantSpec
@@ -118,6 +120,25 @@ class Adapter(ABC):
     def pairs(self, model: nn.Module) -> list[NormLinearPair]:
         """LayerNorm→Linear pairs of a quantizable model; none unless the family says which."""
         return []
+
+    def log_likelihood(self, model: nn.Module, inputs: Activation, generator: torch.Generator) -> Tensor:
+        """A value an image whose gradient is that of log p(labels), of labels drawn from the model's predictions.
+
+        For Fisher-weighted searches. By default the last segment puts out logits, and one label is drawn an image.
+
+        Args:
+            model: float or quantizable.
+            inputs: of the last segment, B images.
+            generator: a CPU generator; the same state gives the same labels.
+
+        Returns:
+            B entries; only their gradient is meant.
+
+        Raises:
+            IasvitError: the last segment puts out no table of logits, or NaN or Inf.
+        """
+        logits = self.segments(model)[-1].run(inputs)
+        return (logits * label_gradient(logits, generator)).sum(dim=1)
 
     @abstractmethod
     def describe(self, model: nn.Module) -> dict[str, Any]:

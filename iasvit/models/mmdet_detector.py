@@ -23,7 +23,8 @@ from iasvit.errors import IasvitError
 from iasvit.models.attention import explicit_attention
 from iasvit.models.base import Adapter, Inserter, NormLinearPair, Segment
 from iasvit.models.blocks import require
-from iasvit.models.mmdet_heads import check_heads, flat, label_scores, run_heads
+from iasvit.models.likelihood import label_gradient
+from iasvit.models.mmdet_heads import Component, check_heads, flat, label_scores, run_heads
 from iasvit.nn import QuantMatMul
 
 HEADS = ("neck", "rpn_head", "roi_head")
@@ -37,9 +38,6 @@ class DetectorAdapter(Adapter):
     The blocks of the backbone are segments of their own. Neck and heads are the last segment, which is calibrated and
     not reconstructed. Activations between segments are maps (B, H, W, C), and behind the current one the outputs of
     the stages so far, which the neck reads.
-
-    What the last segment puts out is not what the detector answers, but a table of scores whose rows
-    `iasvit.calibration.fisher` takes for logits; see `mmdet_heads.label_scores`.
     """
 
     model_class = TwoStageDetector
@@ -78,8 +76,13 @@ class DetectorAdapter(Adapter):
         return [
             Segment(embed, _embedding(backbone), ((embed, backbone.patch_embed),)),
             *(Segment(name, _run(backbone, name, module), ((name, module),)) for name, module in _links(backbone)),
-            Segment("heads", _scores(model), heads, reconstruct=False),
+            Segment("heads", lambda maps: flat(_heads(model, maps), len(maps[0])), heads, reconstruct=False),
         ]
+
+    def log_likelihood(self, model: TwoStageDetector, inputs: Maps, generator: torch.Generator) -> Tensor:
+        """See `Adapter`: of labels for objectness, classes, boxes and masks alike; `mmdet_heads.label_scores`."""
+        table = label_scores(_heads(model, inputs), len(inputs[0]))
+        return (table * label_gradient(table, generator)).sum(dim=1)  # the table's columns are equal: one is drawn
 
     def describe(self, model: TwoStageDetector) -> dict[str, Any]:
         """The detector's configuration, where it has one: mmdet keeps it in its attribute `cfg`."""
@@ -241,23 +244,20 @@ def _run(backbone: SwinTransformer, name: str, module: nn.Module) -> Callable[[M
     return run_merging if isinstance(module, PatchMerging) else run_block
 
 
-def _scores(model: TwoStageDetector) -> Callable[[Maps], Tensor]:
+def _heads(model: TwoStageDetector, maps: Maps) -> list[Component]:
+    """What neck and heads make of what the backbone's last segment hands on."""
     backbone = model.backbone
-
-    def run(maps: Maps) -> Tensor:
-        x, *kept = maps
-        if len(backbone.stages) - 1 in backbone.out_indices:
-            kept.append(x)
-        outputs = []
-        for stage, y in zip(sorted(backbone.out_indices), kept, strict=True):
-            outputs.append(getattr(backbone, f"norm{stage}")(y).permute(0, 3, 1, 2).contiguous())
-        stride = backbone.patch_embed.projection.stride[0]
-        for stage in range(min(backbone.out_indices)):
-            stride *= backbone.stages[stage].downsample.sampler.stride[0]
-        size = (stride * outputs[0].shape[2], stride * outputs[0].shape[3])
-        return label_scores(run_heads(model, model.neck(tuple(outputs)), size), len(x))
-
-    return run
+    x, *kept = maps
+    if len(backbone.stages) - 1 in backbone.out_indices:
+        kept.append(x)
+    outputs = []
+    for stage, y in zip(sorted(backbone.out_indices), kept, strict=True):
+        outputs.append(getattr(backbone, f"norm{stage}")(y).permute(0, 3, 1, 2).contiguous())
+    stride = backbone.patch_embed.projection.stride[0]
+    for stage in range(min(backbone.out_indices)):
+        stride *= backbone.stages[stage].downsample.sampler.stride[0]
+    size = (stride * outputs[0].shape[2], stride * outputs[0].shape[3])
+    return run_heads(model, model.neck(tuple(outputs)), size)
 
 
 # ---- what a quantizable detector answers -----------------------------------------------------------------------------

@@ -138,9 +138,9 @@ def label_scores(components: Sequence[Component], count: int) -> Tensor:
     """A table, images×LABEL_SETS, of zeros whose gradients are scores: ∂ log p(labels) of labels drawn.
 
     Each column belongs to labels of its own, drawn from what the heads predict: objectness of every anchor, a class
-    for every region, a bit for every mask pixel, an offset of every box. `fisher.label_gradient` takes the table
-    for logits; its columns being equal, it draws one, and the squared gradients are then an estimate of the Fisher,
-    up to a factor. Each kind of output counts as in a detector's loss, which is a mean over anchors, regions or pixels.
+    for every region, a bit for every mask pixel, an offset of every box. `DetectorAdapter.log_likelihood` draws one,
+    and the squared gradients are then an estimate of the Fisher, up to a factor. Each kind of output counts as in a
+    detector's loss, which is a mean over anchors, regions or pixels.
     """
     columns = []
     for column in range(LABEL_SETS):

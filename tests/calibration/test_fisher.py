@@ -6,14 +6,16 @@ import copy
 
 import pytest
 import slow_search
+import tiny_models
 import torch
 from baselines_tiny import FAMILIES, METHODS, tiny_images, tiny_model
 from torch import Tensor, nn
 
 from iasvit.calibration import ActivationStore, calibration_store, fisher
-from iasvit.calibration.fisher import captures, label_gradient
+from iasvit.calibration.fisher import captures
 from iasvit.errors import IasvitError
 from iasvit.models import Segment, insert_quantizers
+from iasvit.models.likelihood import label_gradient
 from iasvit.nn import QuantLinear, quantizers_of
 from iasvit.quantizers import SymmetricQuantizer
 from iasvit.spec import QuantSpec
@@ -58,7 +60,7 @@ class Toy(nn.Module):
 
 def test_squared_gradients_of_a_model_differentiated_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     toy = Toy()
-    monkeypatch.setattr(fisher, "segments", Toy.segments)
+    monkeypatch.setattr(fisher, "adapter_for", lambda model: tiny_models.ChainAdapter())
     x = torch.randn(7, 5, 1, 1, generator=draws(1))
     w1, c1, w2, c2 = (p.double() for p in (toy.first.weight, toy.first.bias, toy.second.weight, toy.second.bias))
     hidden = x.flatten(1).double() @ w1.T + c1

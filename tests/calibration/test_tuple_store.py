@@ -212,7 +212,7 @@ def quantized(layer: nn.Module) -> nn.Module:
 @pytest.fixture
 def chain(monkeypatch: pytest.MonkeyPatch) -> Chain:
     monkeypatch.setattr("iasvit.reconstruction.segments", lambda model: model.segments())
-    monkeypatch.setattr("iasvit.calibration.fisher.segments", lambda model: model.segments())
+    monkeypatch.setattr("iasvit.calibration.fisher.adapter_for", lambda model: tiny_models.ChainAdapter())
     return tiny_models.switch(Chain(), False)
 
 
