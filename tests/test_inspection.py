@@ -1,11 +1,8 @@
-"""What `iasvit inspect` says of layers: ranges, spread, tail and errors against plain computations; the command."""
+"""What `iasvit inspect` says of layers: ranges, spread, tail and errors against plain computations."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -16,7 +13,6 @@ from torch import nn
 import iasvit
 from iasvit.inspection import layer_errors, quantizer_table, with_same_names
 from iasvit.nn import quantizers_of
-from tasks.mini import zoo
 
 
 @pytest.fixture(scope="module")
@@ -92,37 +88,3 @@ def test_errors_begin_anew_at_each_block_or_accumulate(family: str) -> None:
     assert later
     assert all(row["own"] == 0 and row["streamed"] > 0 for row in later)
     assert sum(kind == "block" for _, kind in rows) >= 3
-
-
-def inspect(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "iasvit.cli", "inspect", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True)
-
-
-def test_the_command_takes_a_checkpoint_and_writes_table_and_plot(tmp_path: Path) -> None:
-    model = zoo.build("deit_t").eval()
-    images = torch.randn(2, 3, 56, 56, generator=torch.Generator().manual_seed(0))
-    path = tmp_path / "mine.safetensors"
-    iasvit.save(iasvit.quantize(model, images, "W4A4", "minmax"), path)
-    done = inspect(path, "--images", 2, "--out", tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "mine.safetensors: minmax at W4A4, 2 images of mini" in done.stdout
-    written = pd.read_csv(tmp_path / "inspect-mine.csv")
-    assert set(written["operand"]) == {"weight", "input", "left", "right"}
-    assert written["error"].notna().sum() == (written["operand"] != "weight").sum()
-    assert "mine.safetensors" in (tmp_path / "inspect-mine.svg").read_text()
-
-
-def test_bad_targets_are_one_sentence(tmp_path: Path) -> None:
-    path = tmp_path / "tiny.safetensors"
-    iasvit.save(iasvit.quantize(tiny_models.vit(), tiny_models.images(2), "W4A4", "minmax"), path)
-    for arguments, said in (
-        (["nope"], "backbone 'nope' does not exist in the mini benchmark"),
-        ([tmp_path / "none.safetensors"], "does not exist"),
-        ([path], "the checkpoint's model takes images 3×224×224, but those of --data mini are 3×56×56"),
-        (["deit_t", "--images", 0], "--images is 0, but 1 or more is expected"),
-    ):
-        done = inspect(*arguments)
-        assert done.returncode == 2
-        assert said in done.stderr
-        assert "Traceback" not in done.stderr

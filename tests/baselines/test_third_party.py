@@ -24,9 +24,13 @@ from baselines_tiny import tiny_images, tiny_model
 import iasvit
 from iasvit.benchmark.harness import Cell, exit_status, run_cells
 from iasvit.benchmark.results import ResultStore
+from iasvit.benchmark.task import DataSet, Metric, Task
 
-class Task:
-    name, dataset, split_size, metrics = "tiny", "noise", 64, ("agreement",)
+class Noise(Task):
+    name, metrics, data, split_size = "tiny", (Metric("agreement", primary=True),), DataSet("noise"), 64
+
+    def data_fingerprint(self):
+        return "seed 99"
 
     def load_model(self, model):
         return tiny_model(model)
@@ -41,7 +45,7 @@ class Task:
         return {"agreement": float((predictions == reference).float().mean() * 100)}
 
 cells = [Cell("vit", "clipped", spec, 0, 8, (("percentile", 0.99),)) for spec in ("W3A3", "W8A8")]
-rows = run_cells(Task(), cells, ResultStore(Path("runs")), checkpoint_root=Path("checkpoint"), quiet=True)
+rows = run_cells(Noise(), cells, ResultStore(Path("runs")), checkpoint_root=Path("checkpoint"), quiet=True)
 model = tiny_model("swin")
 quantized = iasvit.quantize(model, tiny_images(model, 4), "W4A4", "clipped")
 iasvit.save(quantized, "model.safetensors")
