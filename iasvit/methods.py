@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from iasvit.errors import IasvitError
+from iasvit.plugins import load
 from iasvit.progress import Progress
 from iasvit.spec import QuantSpec
 
@@ -94,13 +95,7 @@ def load_method_class(name: str) -> type[Method]:
     entries = _entries()
     if name not in entries:
         raise IasvitError(f"method {name!r} is not registered; registered are {', '.join(entries)}")
-    try:
-        return entries[name].load()
-    except (ImportError, AttributeError) as error:
-        raise IasvitError(
-            f"method {name!r} is registered as {entries[name].value}, but loading that failed: {error}; "
-            "mend or uninstall the package that registers it"
-        ) from error
+    return load(entries[name], f"method {name!r}")
 
 
 def method_options(name: str) -> list[str]:

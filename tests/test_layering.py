@@ -14,10 +14,11 @@ ALLOWED = {"iasvit": set(), "baselines": {"iasvit"}, "tasks": {"iasvit"}}
 LAYERS = {
     "errors": set(),
     "files": {"errors"},
+    "plugins": {"errors"},
     "quantizers": {"errors"},
     "spec": {"errors"},
     "nn": {"errors", "quantizers"},
-    "models": {"errors", "quantizers", "spec", "nn"},
+    "models": {"errors", "plugins", "quantizers", "spec", "nn"},
 }
 UPPER = ("benchmark", "leaderboard", "cli")  # nothing below may import them
 

@@ -10,6 +10,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from iasvit.errors import IasvitError
+from iasvit.plugins import load
 
 if TYPE_CHECKING:  # to list tasks must not import torch
     from torch import Tensor, nn
@@ -163,13 +164,7 @@ def load_task_class(name: str) -> type[Task]:
     entries = list_tasks()
     if name not in entries:
         raise IasvitError(f"task {name!r} is not registered; registered are {', '.join(entries) or 'none'}")
-    try:
-        return entries[name].load()
-    except (ImportError, AttributeError) as error:
-        raise IasvitError(
-            f"task {name!r} is registered as {entries[name].value}, but loading that failed: {error}; "
-            "mend or uninstall the package that registers it"
-        ) from error
+    return load(entries[name], f"task {name!r}")
 
 
 @cache

@@ -11,6 +11,7 @@ from torch import nn
 from iasvit.errors import IasvitError
 from iasvit.models.base import Adapter, Inserter, NormLinearPair, QuantizerFactory, Segment
 from iasvit.nn import QuantConv2d, QuantLinear
+from iasvit.plugins import load
 from iasvit.spec import QuantSpec
 
 GROUP = "iasvit.models"
@@ -26,13 +27,7 @@ def list_families() -> list[str]:
 
 
 def _load(entry: EntryPoint) -> Adapter:
-    try:
-        return entry.load()()
-    except (ImportError, AttributeError) as error:
-        raise IasvitError(
-            f"model family {entry.name!r} is registered as {entry.value}, but loading that failed: {error}; "
-            "mend or uninstall the package that registers it"
-        ) from error
+    return load(entry, f"model family {entry.name!r}")()
 
 
 def adapter_for(model: nn.Module) -> Adapter:

@@ -254,6 +254,7 @@ def run_killed(folder: Path, number: signal.Signals) -> subprocess.CompletedProc
     return subprocess.run([sys.executable, "-c", _KILLED], cwd=folder, env=env, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_a_run_killed_inside_a_cell_resumes_there(tmp_path: Path, number: signal.Signals) -> None:
     first = run_killed(tmp_path, number)

@@ -47,7 +47,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     ("backend", "kind"),
     [
         *(("aot_eager", kind) for kind in KINDS),
-        pytest.param("inductor", "sulq", marks=pytest.mark.skipif(not CPP, reason=NO_CPP)),
+        pytest.param("inductor", "sulq", marks=[pytest.mark.slow, pytest.mark.skipif(not CPP, reason=NO_CPP)]),
     ],
     indirect=["backend"],
 )

@@ -33,6 +33,7 @@ def detection_images(limit: int) -> Task:
     return CocoTask(detection.make_setup(detection.Data.mini, limit=limit))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "model", "metric"),
     [(images, "deit_t", "top1"), (detection_images, "mask_rcnn_swin_t", "bbox_mAP")],

@@ -294,6 +294,7 @@ def test_measured_values_are_cocos(tmp_path: Path) -> None:
     assert len(CLASSES) == 16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", detectors.names())
 def test_a_committed_detector_finds_what_it_is_said_to(name: str) -> None:
     path = detectors.trained_path(name)
