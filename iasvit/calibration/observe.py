@@ -111,9 +111,7 @@ def calibrate_in_sequence(quantizers: Sequence[tuple[str, Quantizer]], run: Call
 
     with _watching(names, calibrate):
         outputs = run()
-    for quantizer in names:
-        quantizer.enabled = reached[quantizer] == 1
-    if reached.total() == len(names):
+    if all(reached[quantizer] == 1 for quantizer in names):
         return outputs
     for quantizer in names:
         quantizer.enabled = False

@@ -76,6 +76,10 @@ def test_bad_values_and_what_nothing_reaches_are_named() -> None:
         calibrate_in_sequence(chain.named_quantizers(), lambda: chain(torch.tensor([1.0, math.nan])))
     with pytest.raises(IasvitError, match="layer 'second' was not reached"):
         calibrate_in_sequence(chain.named_quantizers(), lambda: chain.first(torch.rand(4)))
+    with pytest.raises(IasvitError, match="layer 'second' was not reached"):  # two calls in all, of two quantizers
+        calibrate_in_sequence(
+            chain.named_quantizers(), lambda: (chain.first(torch.rand(4)), chain.first(torch.rand(4)))
+        )
     assert not chain.first._forward_pre_hooks
 
 
