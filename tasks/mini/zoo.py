@@ -96,6 +96,8 @@ def build(name: str, seed: int = 0) -> nn.Module:
             # On a 7×7 map timm would drop the shift of a 7×7 window. The real backbones shift in stages 1 to 3 (their
             # third map is 14×14), so stage 3 keeps shift and mask here; stage 4 has one unshifted window, as theirs.
             model.layers[2].set_input_size(model.layers[2].input_resolution, window_size=(7, 7), always_partition=True)
+            for block in model.layers[3].blocks:  # before version 1.0.30 timm took this padded map for 3×3
+                block.set_input_size((4, 4), window_size=(4, 4))
     mean, std = backbone.normalisation
     model.pretrained_cfg = model.default_cfg = {
         "architecture": backbone.counterpart,
