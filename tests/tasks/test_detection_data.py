@@ -251,7 +251,7 @@ def shifted(generator: np.random.Generator, boxes: Tensor) -> Tensor:
 def test_metrics_are_pycocotools(root: Path, limit: int | None) -> None:
     images = CocoImages(root, limit, workers=0)
     answers = predictions(images, shifted, found=0.8)
-    scores = evaluate(Oracle(answers), images.dataset(CONFIG), images.metric(), Progress())
+    scores = evaluate(Oracle(answers), images.dataset(CONFIG), images.metric(CLASSES), Progress())
     expected = by_pycocotools(images, answers)
     assert tuple(scores) == METRICS
     assert 5 < scores["bbox_mAP"] < 95
@@ -263,14 +263,14 @@ def test_metrics_are_pycocotools(root: Path, limit: int | None) -> None:
 def test_the_truth_itself_scores_100_and_images_left_out_do_not_count(root: Path) -> None:
     images = CocoImages(root, limit=2, workers=0)
     answers = predictions(images, lambda generator, boxes: boxes)
-    scores = evaluate(Oracle(answers), images.dataset(CONFIG), images.metric(), Progress())
+    scores = evaluate(Oracle(answers), images.dataset(CONFIG), images.metric(CLASSES), Progress())
     assert scores["bbox_mAP"] == scores["segm_mAP"] == 100
 
 
 def test_a_detector_that_finds_nothing_has_0_and_no_value_where_there_is_no_object(tmp_path: Path) -> None:
     images = CocoImages(write(tmp_path, content([(64, 64), (60, 60)])), workers=0)
     answers = predictions(images, shifted, found=0)
-    scores = evaluate(Oracle(answers), images.dataset(CONFIG), images.metric(), Progress())
+    scores = evaluate(Oracle(answers), images.dataset(CONFIG), images.metric(CLASSES), Progress())
     assert {name: value for name, value in scores.items() if value == value} == {
         name: 0.0 for name in METRICS if not name.endswith(("_m", "_l"))
     }
@@ -282,7 +282,7 @@ def test_evaluation_leaves_the_generators_and_standard_output_alone(
     images = CocoImages(root, limit=1, workers=0)
     network = Oracle(predictions(images, shifted))
     states = torch.random.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
-    evaluate(network, images.dataset(CONFIG), images.metric(), Progress())
+    evaluate(network, images.dataset(CONFIG), images.metric(CLASSES), Progress())
     assert torch.equal(torch.random.get_rng_state(), states[0])
     assert np.array_equal(np.random.get_state()[1], states[1])  # noqa: NPY002
     assert capsys.readouterr().out == ""
@@ -350,7 +350,7 @@ def test_an_image_that_cannot_be_read_is_named(root: Path, workers: int, damage:
     dataset = images.dataset(CONFIG)
     damage(root / "val2017" / "972.png")
     with pytest.raises(IasvitError) as error:
-        evaluate(network, dataset, images.metric(), Progress(), workers)
+        evaluate(network, dataset, images.metric(CLASSES), Progress(), workers)
     assert str(error.value).startswith(f"image {root}/val2017/972.png cannot be read: ")
     assert "\n" not in str(error.value)
 
