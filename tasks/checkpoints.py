@@ -48,13 +48,13 @@ def describe_file(path: Path) -> str:
 
 @cache
 def describe_weights(path: Path) -> str:
-    """`describe_file`, and behind it the key of the averaged weights where these are taken.
+    """`describe_file`, and behind it the key of averaged (EMA) weights where these are taken.
 
     Raises:
         IasvitError: see `read_checkpoint`.
     """
-    _, key = _find(path)
-    return f"{describe_file(path)} {key}" if key in AVERAGED else describe_file(path)
+    _, keys = _find(path)
+    return " ".join((describe_file(path), *(key for key in keys if key in AVERAGED)))
 
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
@@ -67,9 +67,9 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     Raises:
         IasvitError: no such file, or it holds no weights that can be read this way.
     """
-    state, key = _find(path)
-    if key in AVERAGED:
-        _warn_once(f"checkpoint {path}: its averaged (EMA) weights, {key!r}, are taken")
+    state, keys = _find(path)
+    if averaged := [key for key in keys if key in AVERAGED]:
+        _warn_once(f"checkpoint {path}: its averaged (EMA) weights, {averaged[0]!r}, are taken")
     for name, value in state.items():
         if fault := _fault(value):
             raise IasvitError(f"checkpoint {path}: its tensor {name!r} {fault}; dense tensors are expected")
@@ -81,11 +81,11 @@ def _warn_once(text: str) -> None:
     logger.warning("%s", text)
 
 
-def _find(path: Path) -> tuple[dict[str, Tensor], str]:
-    """The dictionary of tensors in a file, and the innermost key that it is under; "" where the file is it."""
+def _find(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """The dictionary of tensors in a file, and the keys that lead to it."""
     describe_file(path)
     content = _load(path)
-    if found := _search(content, "", _DEPTH):
+    if found := _search(content, ()):
         return found
     raise IasvitError(
         f"checkpoint {path} holds no dictionary of tensors alone, neither at its top nor under a key such as "
@@ -126,17 +126,17 @@ def _load(path: Path) -> Any:
     return load_tensors(path)
 
 
-def _search(content: Any, key: str, depth: int) -> tuple[dict[str, Tensor], str] | None:
-    """The first dictionary of tensors alone, by the order of the keys that may hold one."""
-    if not isinstance(content, dict) or not content or not depth:
+def _search(content: Any, above: tuple[str, ...]) -> tuple[dict[str, Tensor], tuple[str, ...]] | None:
+    """The first dictionary of tensors alone, by the order of the keys that may hold one, and the keys above it."""
+    if not isinstance(content, dict) or not content or len(above) > _DEPTH:
         return None
     if all(isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()):
-        return dict(content), key
+        return dict(content), above
     keys = [*AVERAGED, *PLAIN]
     if "ema_state_dict" in content and _is_of_mmengine(content):
         # mmengine's EMA hook swaps the two as it saves: under "state_dict" is the average.
         keys.remove("ema_state_dict")
-    found = (_search(content.get(name), name, depth - 1) for name in keys)
+    found = (_search(content.get(key), (*above, key)) for key in keys)
     return next((one for one in found if one is not None), None)
 
 

@@ -132,6 +132,7 @@ class _Check:
     no_polygons: list[Any] = field(default_factory=list)
     flat: list[Any] = field(default_factory=list)
     outside: list[Any] = field(default_factory=list)
+    nowhere: list[Any] = field(default_factory=list)
     ignored: list[Any] = field(default_factory=list)
     total: int = 0
 
@@ -244,6 +245,8 @@ class _Check:
             self.refuse(where, "segmentation", value, "an outline, a polygon of three points or more, is")
         if len(polygons) < len(value):
             self.no_polygons.append(own)
+        if all(_misses(polygon[::2], image["width"]) or _misses(polygon[1::2], image["height"]) for polygon in polygons):
+            self.nowhere.append(own)
         return polygons
 
     def runs(self, where: str, value: Entry, image: Entry) -> Entry:
@@ -285,6 +288,7 @@ class _Check:
             (self.no_polygons, f"{of} have polygons of fewer than three points, which are left out of their masks"),
             (self.flat, f"{of} have a box of no width or no height, which counts as an object that nobody finds"),
             (self.outside, f"{of} have a box that reaches beyond its image; bbox is [x, y, width, height] in pixels"),
+            (self.nowhere, f"{of} have polygons that lie outside their image; their masks are empty"),
             (self.ignored, f"{of} are marked 'ignore', which COCO's evaluation does not know: they count as objects"),
         ):
             if ids:
@@ -296,6 +300,11 @@ def _numbers(values: Sequence[Any], limit: float) -> bool:
     if not set(map(type, values)) <= {int, float}:
         return False
     return all(-limit <= value <= limit for value in values)  # NaN is not
+
+
+def _misses(coordinates: Sequence[float], side: int) -> bool:
+    """Whether a polygon's coordinates along one axis have nothing of the image between them."""
+    return max(coordinates) <= 0 or min(coordinates) >= side
 
 
 def _decode(text: str) -> list[int] | None:

@@ -76,7 +76,7 @@ class EvaluatedImages(BaseDataset):
 
     def load_data_list(self) -> list[dict[str, Any]]:
         """See mmengine."""
-        return self._images
+        return list(self._images)  # mmengine empties it
 
 
 class _Evaluation(Runner):
