@@ -235,7 +235,7 @@ def fill(model: nn.Module, state: dict[str, Tensor], path: Path, resample: bool 
 
 
 def _unfit(value: Tensor, dtype: torch.dtype) -> str | None:
-    """Why values do not fit into a model's of a type: whole numbers or complex ones for floats, NaN; None if they do."""
+    """Why values do not fit into a model's: not floating-point ones, or not finite; None where they do."""
     if not dtype.is_floating_point:
         return None
     if not value.is_floating_point():

@@ -90,7 +90,7 @@ def load_tensors(path: Path) -> Any:
                 f"state.state_dict() for a whole model"
             ) from None
         raise IasvitError(
-            f"checkpoint {path} is neither a safetensors file nor a torch.save file of tensors ({_reason(error)})"
+            f"checkpoint {path} is neither a safetensors file nor a torch.save file of tensors alone ({_reason(error)})"
         ) from None
 
 

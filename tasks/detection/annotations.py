@@ -16,7 +16,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,10 +62,10 @@ class Annotations:
         names = [category["name"] for category in self.categories]
         for name in classes:
             if (count := names.count(name)) != 1:
-                there = f"categories there: {some(sorted(set(names)))}"
+                found = f"{count} categories" if count else "no category"
                 raise IasvitError(
-                    f"annotation file {self.path} has {count or 'no'} {'categories' if count else 'category'} {name!r}, "
-                    f"which the model knows as one of its {len(classes)} classes; {there}"
+                    f"annotation file {self.path} has {found} {name!r}, which the model knows as one of its "
+                    f"{len(classes)} classes; categories there: {some(sorted(set(names)))}"
                 )
         ids = {category["name"]: category["id"] for category in self.categories}
         used = {entry["category_id"] for entry in self.objects} - {ids[name] for name in classes}
@@ -245,7 +244,9 @@ class _Check:
             self.refuse(where, "segmentation", value, "an outline, a polygon of three points or more, is")
         if len(polygons) < len(value):
             self.no_polygons.append(own)
-        if all(_misses(polygon[::2], image["width"]) or _misses(polygon[1::2], image["height"]) for polygon in polygons):
+        if all(
+            _misses(polygon[::2], image["width"]) or _misses(polygon[1::2], image["height"]) for polygon in polygons
+        ):
             self.nowhere.append(own)
         return polygons
 
@@ -292,7 +293,7 @@ class _Check:
             (self.ignored, f"{of} are marked 'ignore', which COCO's evaluation does not know: they count as objects"),
         ):
             if ids:
-                logger.warning("annotation file %s: %d %s (such as %s)", self.path, len(ids), text, some(ids, 1))
+                logger.warning("annotation file %s: %d %s (such as %s)", self.path, len(ids), text, ids[0])
 
 
 def _numbers(values: Sequence[Any], limit: float) -> bool:

@@ -111,7 +111,7 @@ class CocoImages:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hex digits of the annotations' content, names and sizes of the images evaluated and calibrated on, and RULES."""
+        """Hex digits of the annotations, of names and sizes of the images evaluated and calibrated on, and of RULES."""
         evaluated = file_sizes((self.root / VAL / name for name in self._files), self.root)
         calibrated = file_sizes(self._calibration_files, self.root)
         return fingerprint([RULES, self._annotations.digest, evaluated, calibrated])

@@ -24,7 +24,7 @@ from PIL import Image
 
 from iasvit.errors import IasvitError, reason
 from tasks.classification.image_files import UNREADABLE_ERRORS
-from tasks.detection.annotations import Annotations, Entry, printable, some
+from tasks.detection.annotations import Annotations, Entry, printable
 
 logger = logging.getLogger(__name__)
 
@@ -123,27 +123,22 @@ def read_as_stored(folder: Path, images: Sequence[Entry], annotations: Annotatio
         given = (image["width"], image["height"])
         if given not in (header.size, header.turned):
             raise IasvitError(
-                f"image {printable(str(folder / image['file_name']))} has {header.size[0]}×{header.size[1]} pixels, but "
-                f"annotation file {annotations.path} gives {given[0]}×{given[1]} for it (id {image['id']}); boxes are "
-                f"in pixels of the image"
+                f"image {printable(str(folder / image['file_name']))} has {header.size[0]}×{header.size[1]} pixels, "
+                f"but annotation file {annotations.path} gives {given[0]}×{given[1]} for it (id {image['id']}); boxes "
+                f"are in pixels of the image"
             )
         if header.orientation > 1:
             group = either if header.size == header.turned else stored if given == header.size else turned
             group.append(image)
-    undecided_as_stored = bool(stored) and not turned
-    if stored or turned or either:
-        counts = [
-            (stored, "are read as stored, since their width and height in the annotations are"),
-            (turned, "are turned, since their width and height in the annotations are"),
-            (
-                either,
-                f"of which the size does not tell are {'read as stored, as those' if undecided_as_stored else 'turned'}",
-            ),
-        ]
-        said = "; ".join(
-            f"{len(group)} {text} (such as {some([entry['file_name'] for entry in group], 1)})"
-            for group, text in counts
-            if group
-        )
+    follow = bool(stored) and not turned  # those that either size fits follow the others
+    groups = (
+        (stored, "are read as stored, since their width and height in the annotations are"),
+        (turned, "are turned, since their width and height in the annotations are"),
+        (either, f"of which the size does not tell are {'read as stored, as those' if follow else 'turned'}"),
+    )
+    said = "; ".join(
+        f"{len(group)} {text} (such as {printable(group[0]['file_name'])})" for group, text in groups if group
+    )
+    if said:
         logger.warning("%s: images with an EXIF orientation: %s", folder, said)
-    return {image["id"] for image in (stored + either if undecided_as_stored else stored)}
+    return {image["id"] for image in (stored + either if follow else stored)}

@@ -72,11 +72,12 @@ class EvaluatedImages(BaseDataset):
 
     def __init__(self, images: list[dict[str, Any]], classes: Sequence[str], pipeline: list[dict[str, Any]]) -> None:
         self._images = images
-        super().__init__(metainfo={"classes": tuple(classes)}, pipeline=pipeline, test_mode=True)
+        metainfo = {"classes": tuple(classes)}
+        super().__init__(metainfo=metainfo, pipeline=pipeline, test_mode=True, serialize_data=False)
 
     def load_data_list(self) -> list[dict[str, Any]]:
         """See mmengine."""
-        return list(self._images)  # mmengine empties it
+        return self._images
 
 
 class _Evaluation(Runner):

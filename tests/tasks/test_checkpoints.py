@@ -1,4 +1,4 @@
-"""Checkpoints: which weights are taken from what people save, what is refused and how, and that nothing of theirs runs."""
+"""Checkpoints: which weights are taken from what people save, what is refused, and that nothing of theirs runs."""
 
 from __future__ import annotations
 
@@ -340,7 +340,7 @@ def test_what_is_no_file_is_refused_at_once(tmp_path: Path, kind: str) -> None:
         path.mkdir()
     elif kind == "device":
         path = Path("/dev/zero")
-    with pytest.raises(IasvitError, match="cannot be read: (it is no file|No such file)"):
+    with pytest.raises(IasvitError, match=r"cannot be read: (it is no file|No such file)"):
         read_checkpoint(path)
 
 
@@ -383,7 +383,17 @@ def anything(draw: random.Random, depth: int = 3) -> Any:
     ]
     if depth == 0 or draw.random() < 0.3:
         return draw.choice(leaves)()
-    names: list[Any] = [*checkpoints.AVERAGED, *checkpoints.PLAIN, "weight", "bias", "module.weight", "meta", 0, None, ""]
+    names: list[Any] = [
+        *checkpoints.AVERAGED,
+        *checkpoints.PLAIN,
+        "weight",
+        "bias",
+        "module.weight",
+        "meta",
+        0,
+        None,
+        "",
+    ]
     if draw.random() < 0.15:
         return [anything(draw, depth - 1) for _ in range(draw.randint(0, 3))]
     return {draw.choice(names): anything(draw, depth - 1) for _ in range(draw.randint(0, 4))}
@@ -392,15 +402,14 @@ def anything(draw: random.Random, depth: int = 3) -> Any:
 def read_or_refuse(path: Path, case: str) -> bool:
     """Whether a checkpoint fills a model; anything but that and an IasvitError of one line fails the test."""
     describe_file.cache_clear()
-    started = time.monotonic()
+    started, refusal = time.process_time(), ""
     try:
         fill(nn.Linear(3, 2), read_checkpoint(path), path)
-        return True
     except IasvitError as error:
-        assert len(str(error).splitlines()) == 1, case
-        return False
-    finally:
-        assert time.monotonic() - started < 5, case
+        refusal = str(error)
+    assert len(refusal.encode().splitlines()) <= 1, case
+    assert time.process_time() - started < 5, case
+    return not refusal
 
 
 FORMATS = {
@@ -412,17 +421,16 @@ FORMATS = {
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_any_damage_to_the_bytes_is_read_or_refused_in_one_sentence(tmp_path: Path, kind: str) -> None:
-    draw, until, results = random.Random(0), time.monotonic() + 1.5, []
-    while time.monotonic() < until or len(results) < 50:
-        path = written(tmp_path, damaged(FORMATS[kind], draw))
-        results.append(read_or_refuse(path, f"{kind} {len(results)}"))
-    assert not all(results)
+    draw = random.Random(0)
+    results = [
+        read_or_refuse(written(tmp_path, damaged(FORMATS[kind], draw)), f"{kind}, case {case}") for case in range(300)
+    ]
+    assert results.count(True) < 250
 
 
 def test_any_structure_is_read_or_refused_in_one_sentence(tmp_path: Path) -> None:
-    draw, until, results = random.Random(1), time.monotonic() + 3, []
-    while time.monotonic() < until or len(results) < 50:
+    draw, results = random.Random(1), []
+    for _ in range(250):
         content = anything(draw)
         results.append(read_or_refuse(written(tmp_path, content), repr(content)))
-    assert any(results)
-    assert not all(results)
+    assert 10 < results.count(True) < 200
