@@ -132,6 +132,7 @@ class _Check:
     flat: list[Any] = field(default_factory=list)
     outside: list[Any] = field(default_factory=list)
     nowhere: list[Any] = field(default_factory=list)
+    no_area: list[Any] = field(default_factory=list)
     ignored: list[Any] = field(default_factory=list)
     total: int = 0
 
@@ -188,13 +189,16 @@ class _Check:
             crowd = entry.get("iscrowd", 0)
             if not isinstance(crowd, int) or crowd not in (0, 1):
                 self.refuse(where, "iscrowd", crowd, "0 or 1 is")
+            box, area = self.box(where, own, entry["bbox"], image), self.area(where, entry["area"])
+            if not area and box[2] and box[3]:
+                self.no_area.append(own)
             result.append(
                 {
                     "id": 1 + position,
                     "image_id": image_id,
                     "category_id": category,
-                    "bbox": self.box(where, own, entry["bbox"], image),
-                    "area": self.area(where, entry["area"]),
+                    "bbox": box,
+                    "area": area,
                     "iscrowd": int(crowd),
                     "segmentation": self.segmentation(where, own, entry["segmentation"], image),
                 }
@@ -290,6 +294,7 @@ class _Check:
             (self.flat, f"{of} have a box of no width or no height, which counts as an object that nobody finds"),
             (self.outside, f"{of} have a box that reaches beyond its image; bbox is [x, y, width, height] in pixels"),
             (self.nowhere, f"{of} have polygons that lie outside their image; their masks are empty"),
+            (self.no_area, f"{of} have the area 0, but a box that is not empty; they count as small objects"),
             (self.ignored, f"{of} are marked 'ignore', which COCO's evaluation does not know: they count as objects"),
         ):
             if ids:

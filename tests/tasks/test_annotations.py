@@ -118,6 +118,7 @@ def test_what_is_put_right_or_likely_not_meant_is_said(
     fourth["bbox"][2] = 0
     fifth["bbox"][0] = 60
     data["annotations"][5]["ignore"] = 1
+    data["annotations"][7]["area"] = 0
     data["annotations"][6]["segmentation"] = [[-9, -9, -5, -9, -5, -5]]
     annotated(root, data)
     said = [message.partition(".json: 1 annotations (of 12) ")[2] for message in caplog.messages]
@@ -127,6 +128,7 @@ def test_what_is_put_right_or_likely_not_meant_is_said(
         "have a box of no width or no height, which counts as an object that nobody finds (such as 4)",
         "have a box that reaches beyond its image; bbox is [x, y, width, height] in pixels (such as 5)",
         "have polygons that lie outside their image; their masks are empty (such as 7)",
+        "have the area 0, but a box that is not empty; they count as small objects (such as 8)",
         "are marked 'ignore', which COCO's evaluation does not know: they count as objects (such as 6)",
     ]
 
@@ -206,6 +208,8 @@ REFUSED: list[tuple[Callable[[Data], Any], str]] = [
     (first("annotations", segmentation={**RUNS, "counts": "b'WPV1"}), r"segmentation's counts \"b'WPV1\", but runs of"),
     (first("annotations", segmentation={**RUNS, "counts": "o"}), r"segmentation's counts 'o', but runs of 3072"),
     (first("annotations", segmentation={"size": [48, 64]}), r"segmentation's counts None"),
+    (lambda data: {**data, "annotations": [{k: v for k, v in a.items() if k != "area"} for a in data["annotations"]]},
+     r"an entry of 'annotations' has no 'area' \(id 1\)"),
     (lambda data: "[" * 100_000, r"is not JSON"),
     (lambda data: '{"images": ' + "9" * 5000 + "}", r"is not JSON"),
     (lambda data: {**data, "annotations": [{**a, "bbox": [0.1, 0.2, 0.5, 0.5]} for a in data["annotations"]]},
