@@ -100,8 +100,9 @@ class CocoTask(Task):
         """See `Task`; the metrics, which mmdet's metric gathers while the images pass."""
         from tasks.detection.runner import evaluate
 
-        dataset = self.images.dataset(self.models.config(model))
-        return evaluate(network, dataset, self.images.metric(), progress, self.images.workers)
+        config = self.models.config(model)
+        metric = self.images.metric(config.classes)
+        return evaluate(network, self.images.dataset(config), metric, progress, self.images.workers)
 
     def recall(self, row: Row) -> dict[str, float]:
         """See `Task`."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import struct
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from timm.utils.misc import natural_key
-from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from iasvit.errors import IasvitError
 
@@ -53,36 +53,78 @@ def entries(folder: Path) -> tuple[set[str], set[str]]:
         raise IasvitError(f"data folder {folder} cannot be read: {error.strerror or error}") from None
     if not found:
         raise IasvitError(f"data folder {folder} is empty; --data-root names the folder that holds the images")
-    return {entry.name for entry in found if entry.is_dir()}, {entry.name for entry in found if not entry.is_dir()}
+    folders = {entry.name for entry in found if _is(entry.is_dir)}
+    return folders, {entry.name for entry in found} - folders
 
 
 def list_images(folder: Path, classes: dict[str, int]) -> Samples:
     """The image files in a folder's class folders and the folders in these, in natural order of their paths.
 
-    Files that are no images by their extension are left out, and a warning counts them. So are, without a word, hidden
-    files and what lies in hidden folders.
+    Left out, and counted in a warning, are files that are no images by their extension, what is no regular file (a
+    pipe, say, or a link to nothing), folders that cannot be read, and links to a folder that is listed already or
+    holds the class folder: each file of a class counts once. Left out without a word are hidden files and folders.
 
     Args:
         folder: holds the class folders.
         classes: folder name → label; {"": 0} for all images in `folder`.
     """
-    others: list[str] = []
-    start = len(str(folder))
+    samples: Samples = []
+    left_out: dict[str, list[str]] = {}
+    for name, label in sorted(classes.items()):
+        top = folder / name
+        if top.is_dir():
+            seen = {_identity(parent) for parent in top.resolve().parents}
+            samples += [(path, label) for path in _walk(str(top), seen, left_out)]
+    for what, names in left_out.items():
+        logger.warning("%s: left out %s (%d): %s", folder, what, len(names), examples(names))
+    return sorted(samples, key=lambda sample: natural_key(sample[0]))
 
-    def is_image(path: str) -> bool:
-        if f"{os.sep}." in path[start:] or not visible(os.path.basename(path)):
-            return False
-        if path.lower().endswith(EXTENSIONS):
-            return True
-        others.append(os.path.basename(path))
+
+def _walk(top: str, seen: set[tuple[int, int]], left_out: dict[str, list[str]]) -> Iterator[str]:
+    """Paths of the image files in a folder and the folders in it; names of others go to `left_out`, by what they are.
+
+    Args:
+        top: the folder as text, for paths in its form.
+        seen: device and number of folders that are not to be entered; grows.
+        left_out: see above; grows.
+    """
+    folders = [top]
+    for folder in folders:  # grows on the way
+        try:
+            identity, found = _identity(folder), sorted(os.scandir(folder), key=lambda entry: entry.name)
+        except OSError as error:
+            what = f"folders that cannot be read ({error.strerror})"
+            left_out.setdefault(what, []).append(os.path.basename(folder))
+            continue
+        if identity in seen:
+            what = "links to folders that are listed already or hold this one"
+            left_out.setdefault(what, []).append(os.path.basename(folder))
+            continue
+        seen.add(identity)
+        for entry in found:
+            if not visible(entry.name):
+                continue
+            if _is(entry.is_dir):
+                folders.append(entry.path)
+            elif not entry.name.lower().endswith(EXTENSIONS):
+                left_out.setdefault("files that are no images by their extension", []).append(entry.name)
+            elif _is(entry.is_file):
+                yield entry.path
+            else:
+                left_out.setdefault("what is no regular file", []).append(entry.name)
+
+
+def _is(test: Callable[[], bool]) -> bool:
+    """An entry's own test; False where it cannot be made, as for a link to itself."""
+    try:
+        return test()
+    except OSError:
         return False
 
-    samples = make_dataset(str(folder), classes, is_valid_file=is_image, allow_empty=True)
-    if others:
-        logger.warning(
-            "%s: left out files that are no images by their extension (%d): %s", folder, len(others), examples(others)
-        )
-    return sorted(samples, key=lambda sample: natural_key(sample[0]))
+
+def _identity(folder: str | Path) -> tuple[int, int]:
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
 
 
 def read_rgb(path: str) -> Image.Image:

@@ -13,7 +13,7 @@ from timm.data import resolve_data_config
 from torch import Tensor, nn
 
 from iasvit.errors import IasvitError
-from tasks.checkpoints import describe_file, fill, head_size, image_size, read_checkpoint
+from tasks.checkpoints import describe_file, describe_weights, fill, head_size, image_size, read_checkpoint
 from tasks.classification.data import DataConfig
 
 # The paper's backbones, with the weights whose full-precision accuracy the papers state: RepQ-ViT takes timm 0.4.12's
@@ -169,7 +169,7 @@ class TimmModels:
         size = self._size(name)
         at = "" if size is None else f", {size} pixels"
         if self._checkpoint is not None:
-            return f"{describe_file(self._checkpoint)}{at}"
+            return f"{describe_weights(self._checkpoint)}{at}"
         if not self._pretrained:
             return f"random, seed {RANDOM_SEED}{at}"
         full = PAPER_BACKBONES.get(name, name)
@@ -237,7 +237,7 @@ class MiniModels:
 
         if self._checkpoint is None and not self._pretrained:
             return f"random, seed {RANDOM_SEED}"
-        return describe_file(self._checkpoint or zoo.checkpoint_path(name))
+        return describe_weights(self._checkpoint or zoo.checkpoint_path(name))
 
 
 @cache

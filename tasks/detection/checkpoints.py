@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from iasvit.errors import IasvitError
+from iasvit.errors import IasvitError, reason
 from tasks.checkpoints import fill, read_checkpoint
 from tasks.detection.mmdet_setup import prepare
 
@@ -157,10 +157,9 @@ def load_checkpoint(model: nn.Module, path: Path) -> None:
     state = read_checkpoint(path)
     try:
         state = convert_keys(state)
-    except (RuntimeError, ValueError) as error:  # a patch merging of a shape that cannot be reordered
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # mmdet's converter: a patch merging of a shape that cannot be reordered
         raise IasvitError(
-            f"checkpoint {path} does not fit the model: its patch merging is damaged ({reason})"
+            f"checkpoint {path} does not fit the model: its patch merging is damaged ({reason(error)})"
         ) from None
     fill(model, state, path)
 
@@ -183,9 +182,8 @@ def download(name: str) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(url, str(path), digits[1] if digits else None)
     except (OSError, urllib.error.URLError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise IasvitError(
-            f"the weights of {name} could not be fetched from {url} ({reason}); with no network, give them as "
+            f"the weights of {name} could not be fetched from {url} ({reason(error)}); with no network, give them as "
             f"--checkpoint FILE, or take random ones with --no-pretrained"
         ) from None
     return path

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
-import json
 import logging
-import os
 import shutil
 import tempfile
 import weakref
@@ -22,16 +19,19 @@ from torch import Tensor
 
 from iasvit.errors import IasvitError
 from tasks.classification.folders import spread
+from tasks.classification.image_files import list_images
+from tasks.detection.annotations import read_annotations, some
+from tasks.detection.image_headers import check_files, read_as_stored
 from tasks.detection.mmdet_setup import prepare
 from tasks.fingerprint import file_sizes, fingerprint
 
 if TYPE_CHECKING:
-    from mmdet.datasets import CocoDataset
     from mmdet.evaluation import CocoMetric
+    from mmengine.dataset import BaseDataset
 
 logger = logging.getLogger(__name__)
 VAL, TRAIN = "val2017", "train2017"
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp")
+RULES = 2  # of how annotations and images are read; part of the fingerprint
 
 
 @dataclass(frozen=True)
@@ -98,72 +98,70 @@ class CocoImages:
                 f"data folder {root} does not exist; --data-root names the folder that holds annotations/ and {VAL}/"
             )
         self.annotation_file = root / "annotations" / f"instances_{VAL}.json"
-        content = read_annotations(self.annotation_file)
-        self._categories = {category["id"]: category["name"] for category in content["categories"]}
-        self._used = {annotation["category_id"] for annotation in content["annotations"]}
-        images = sorted(content["images"], key=lambda image: image["id"])
-        self._positions = spread(len(images), limit)
-        self.image_ids = [images[position]["id"] for position in self._positions]
-        self._files = [images[position]["file_name"] for position in self._positions]
+        self._annotations = read_annotations(self.annotation_file)
+        images = self._annotations.images
+        self._images = [images[position] for position in spread(len(images), limit)]
+        self.image_ids = [image["id"] for image in self._images]
+        self._files = [image["file_name"] for image in self._images]
         check_files(root / VAL, self._files)
-        # mmdet takes images in the order of the file, which need not be that of their ids.
-        order = {image["id"]: position for position, image in enumerate(content["images"])}
-        self._positions = [order[image_id] for image_id in self.image_ids]
+        self._as_stored = read_as_stored(root / VAL, self._images, self._annotations)
 
     def __len__(self) -> int:
         return len(self.image_ids)
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hex digits of the annotations' content, and of names and sizes of the images evaluated and calibrated on."""
-        annotations = hashlib.sha256(self.annotation_file.read_bytes()).hexdigest()
+        """Hex digits of the annotations, of names and sizes of the images evaluated and calibrated on, and of RULES."""
         evaluated = file_sizes((self.root / VAL / name for name in self._files), self.root)
-        return fingerprint([annotations, evaluated, file_sizes(self._calibration_files, self.root)])
+        calibrated = file_sizes(self._calibration_files, self.root)
+        return fingerprint([RULES, self._annotations.digest, evaluated, calibrated])
 
     def prepare(self) -> None:
         """Do once what should not count as the first evaluation's time; nothing: images are read as needed."""
 
     def check_classes(self, classes: Sequence[str]) -> None:
-        """Raise IasvitError unless the annotations' categories are a model's classes, by name."""
-        names = set(self._categories.values())
-        if missing := [name for name in classes if name not in names]:
-            raise IasvitError(
-                f"annotation file {self.annotation_file} has no category {missing[0]!r}, which the model knows as one "
-                f"of its {len(classes)} classes; categories there: {_some(sorted(names))}"
-            )
-        unknown = sorted(self._categories[number] for number in self._used if self._categories[number] not in classes)
-        if unknown:
-            raise IasvitError(
-                f"annotation file {self.annotation_file} has objects of category {unknown[0]!r}, which is none of the "
-                f"model's {len(classes)} classes: {_some(classes)}"
-            )
+        """Raise IasvitError unless the annotations' categories are a model's classes, by name; any order will do."""
+        self._annotations.category_ids(classes)
 
-    def dataset(self, config: DetectorConfig) -> CocoDataset:
-        """The evaluation split as mmdet's data set, images transformed as the configuration says."""
+    def dataset(self, config: DetectorConfig) -> BaseDataset:
+        """The evaluation split as a data set of mmengine's, images transformed as the configuration says."""
         prepare()
-        from mmdet.registry import DATASETS
+        from tasks.detection.runner import EvaluatedImages
 
-        with _silent():
-            return DATASETS.build(
-                {
-                    "type": "CocoDataset",
-                    "ann_file": str(self.annotation_file),
-                    "data_prefix": {"img": str(self.root / VAL)},
-                    "metainfo": {"classes": tuple(config.classes)},
-                    "pipeline": readable(config.pipeline),
-                    "test_mode": True,
-                    "indices": self._positions,
-                }
-            )
+        images = [
+            {
+                "img_id": image["id"],
+                "img_path": str(self.root / VAL / image["file_name"]),
+                "width": image["width"],
+                "height": image["height"],
+                "as_stored": image["id"] in self._as_stored,
+            }
+            for image in self._images
+        ]
+        return EvaluatedImages(images, config.classes, readable(config.pipeline))
 
-    def metric(self) -> CocoMetric:
-        """mmdet's COCO metric, box and mask AP, of the images evaluated."""
+    def metric(self, classes: Sequence[str]) -> CocoMetric:
+        """mmdet's COCO metric, box and mask AP, of the images evaluated and a model's classes in its order.
+
+        Raises:
+            IasvitError: the annotations' categories are not these classes.
+        """
         prepare()
+        from mmdet.datasets.api_wrappers import COCO
         from mmdet.evaluation import CocoMetric
 
-        with _silent():
-            metric = CocoMetric(ann_file=str(self.annotation_file), metric=["bbox", "segm"])
+        metric = CocoMetric(metric=["bbox", "segm"])
+        # What mmdet would find by itself: categories in the order of the file, whatever the model's.
+        metric.cat_ids = self._annotations.category_ids(classes)
         metric.img_ids = list(self.image_ids)  # else the objects of images left out would count as missed
+        with _silent():
+            metric._coco_api = COCO()
+            metric._coco_api.dataset = {
+                "images": self._annotations.images,
+                "categories": self._annotations.categories,
+                "annotations": [dict(entry) for entry in self._annotations.objects],  # evaluation writes into them
+            }
+            metric._coco_api.createIndex()
         return metric
 
     @cached_property
@@ -174,7 +172,7 @@ class CocoImages:
                 "%s has no %s/: calibration images are drawn from %s/, the evaluation split", self.root, TRAIN, VAL
             )
             folder = self.root / VAL
-        return sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+        return sorted(Path(path) for path, _ in list_images(folder, {"": 0}))
 
     def check_calibration(self, n: int) -> None:
         """Raise IasvitError where there are fewer than n calibration images."""
@@ -198,7 +196,7 @@ class CocoImages:
         Raises:
             IasvitError: there are fewer, or one cannot be read.
         """
-        images = CalibrationImages(self.calibration_files(n, seed), config)
+        images = CalibrationImages(self.calibration_files(n, seed), config, as_stored=bool(self._as_stored))
         images.check()
         return images
 
@@ -254,15 +252,21 @@ class CalibrationImages(Sequence[Tensor]):
     """Image files as a detector takes them, 1×3×H×W float32, normalised and padded; read at each access.
 
     A few hundred photographs at 800×1333 are gigabytes in float32, so none is kept.
+
+    Args:
+        files: the images.
+        config: how they are transformed.
+        as_stored: whether an EXIF orientation is ignored.
     """
 
-    def __init__(self, files: Sequence[Path], config: DetectorConfig) -> None:
+    def __init__(self, files: Sequence[Path], config: DetectorConfig, *, as_stored: bool = False) -> None:
         prepare()
         from mmdet.registry import MODELS
         from mmengine.dataset import Compose
 
         self.files = list(files)
         self._config = config
+        self._as_stored = as_stored
         self._pipeline = Compose(readable(config.pipeline))
         self._preprocessor = MODELS.build(config.model["data_preprocessor"])
 
@@ -283,8 +287,8 @@ class CalibrationImages(Sequence[Tensor]):
     def __getitem__(self, index: slice) -> CalibrationImages: ...
     def __getitem__(self, index: int | slice) -> Tensor | CalibrationImages:
         if isinstance(index, slice):
-            return CalibrationImages(self.files[index], self._config)
-        packed = self._pipeline({"img_path": str(self.files[index]), "img_id": 0})
+            return CalibrationImages(self.files[index], self._config, as_stored=self._as_stored)
+        packed = self._pipeline({"img_path": str(self.files[index]), "img_id": 0, "as_stored": self._as_stored})
         batch = {"inputs": [packed["inputs"]], "data_samples": [packed["data_samples"]]}
         return self._preprocessor(batch, training=False)["inputs"]
 
@@ -292,70 +296,7 @@ class CalibrationImages(Sequence[Tensor]):
         return (self[index] for index in range(len(self)))
 
 
-# ---- annotation files ------------------------------------------------------------------------------------------------
-
-
-def read_annotations(path: Path) -> dict[str, list[dict[str, Any]]]:
-    """The content of a COCO annotation file, checked as far as evaluation needs it.
-
-    Raises:
-        IasvitError: no such file, not COCO's JSON, no image, or an annotation of an unknown category or image.
-    """
-    try:
-        content = json.loads(path.read_bytes())
-    except OSError as error:
-        raise IasvitError(
-            f"annotation file {path} cannot be read ({error.strerror or error}); COCO's instances_{VAL}.json is "
-            f"expected there"
-        ) from None
-    except ValueError as error:
-        raise IasvitError(f"annotation file {path} is not JSON ({error})") from None
-    for part, keys in (
-        ("images", ("id", "file_name", "width", "height")),
-        ("categories", ("id", "name")),
-        ("annotations", ("id", "image_id", "category_id", "bbox", "area", "segmentation")),
-    ):
-        entries = content.get(part) if isinstance(content, dict) else None
-        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-            raise IasvitError(f"annotation file {path} is not COCO's: it has no list {part!r}")
-        for entry in entries:
-            if missing := [key for key in keys if key not in entry]:
-                raise IasvitError(
-                    f"annotation file {path}: an entry of {part!r} has no {missing[0]!r} (id {entry.get('id')})"
-                )
-    if not content["images"]:
-        raise IasvitError(f"annotation file {path} lists no image")
-    categories = {category["id"] for category in content["categories"]}
-    images = {image["id"] for image in content["images"]}
-    for annotation in content["annotations"]:
-        if annotation["category_id"] not in categories:
-            raise IasvitError(
-                f"annotation file {path}: annotation {annotation['id']} is of the unknown category "
-                f"{annotation['category_id']}; its categories are {_some(sorted(categories))}"
-            )
-        if annotation["image_id"] not in images:
-            raise IasvitError(
-                f"annotation file {path}: annotation {annotation['id']} is of image {annotation['image_id']}, which is "
-                f"not among its images"
-            )
-    return content
-
-
-def check_files(folder: Path, names: Sequence[str]) -> None:
-    """Raise IasvitError unless the folder holds files of all these names."""
-    try:
-        found = set(os.listdir(folder))
-    except OSError as error:
-        raise IasvitError(
-            f"image folder {folder} cannot be read ({error.strerror or error}); the annotated images are expected there"
-        ) from None
-    # A name may hold a folder, as in data sets merged from several.
-    missing = [name for name in names if name not in found and not (folder / name).is_file()]
-    if missing:
-        raise IasvitError(
-            f"image folder {folder} lacks {len(missing)} of the {len(names)} images that the annotations list, such as "
-            f"{missing[0]}"
-        )
+# ---- pipelines -------------------------------------------------------------------------------------------------------
 
 
 def readable(pipeline: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -369,19 +310,13 @@ def readable(pipeline: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     steps = [dict(step) for step in pipeline if step["type"] != "LoadAnnotations"]
     loaders = [step for step in steps if step["type"] in ("LoadImageFromFile", ReadableImage)]
     if not loaders:
-        raise IasvitError(f"a test pipeline has no LoadImageFromFile, but {_some(_types(steps))}")
+        raise IasvitError(f"a test pipeline has no LoadImageFromFile, but {some(_types(steps))}")
     loaders[0]["type"] = ReadableImage
     return steps
 
 
 def _types(steps: Sequence[dict[str, Any]]) -> list[str]:
     return [str(step["type"]) for step in steps]
-
-
-def _some(values: Sequence[Any], count: int = 4) -> str:
-    """The first few values, and how many more there are."""
-    more = f" and {len(values) - count} more" if len(values) > count else ""
-    return ", ".join(str(value) for value in values[:count]) + more
 
 
 def _silent() -> contextlib.AbstractContextManager:

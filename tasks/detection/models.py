@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from iasvit.errors import IasvitError
-from tasks.checkpoints import describe_file
+from tasks.checkpoints import describe_file, describe_weights
 from tasks.detection.checkpoints import PUBLISHED, download, load_checkpoint, model_config
 from tasks.detection.data import DetectorConfig, readable, test_pipeline
 from tasks.detection.mmdet_setup import build_detector, prepare
@@ -97,7 +97,7 @@ class _Configured:
     def weights(self, name: str) -> str:
         """See `Detectors`."""
         if self._checkpoint is not None:
-            return describe_file(self._checkpoint)
+            return describe_weights(self._checkpoint)
         return self._trained_weights(name) if self._pretrained else f"random, seed {RANDOM_SEED}"
 
 

@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import itertools
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from mmcv.transforms import LoadImageFromFile
+from mmengine.dataset import BaseDataset
 from mmengine.evaluator import Evaluator
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from torch import nn
 
-from iasvit.errors import IasvitError
+from iasvit.errors import IasvitError, reason
 from iasvit.progress import Progress
 from tasks.detection.mmdet_setup import prepare
 
 if TYPE_CHECKING:
-    from mmdet.datasets import CocoDataset
     from mmdet.evaluation import CocoMetric
 
 _numbers = itertools.count()  # mmengine's logs and hubs live as long as the process, and are told apart by name
@@ -30,19 +32,52 @@ _NO_HOOKS = ("runtime_info", "timer", "sampler_seed", "logger", "param_scheduler
 
 
 class ReadableImage(LoadImageFromFile):
-    """mmcv's loader, except that an image that cannot be read is named."""
+    """mmcv's loader, except that it names an image that it cannot read, and can ignore an EXIF orientation.
+
+    Of an image's entry it reads "as_stored", whether the orientation is ignored, and "width" and "height", which the
+    image must have; each may be left out.
+    """
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any]:
         """See mmcv.
 
         Raises:
-            IasvitError: the file is missing, or no image.
+            IasvitError: the file is missing, no image, or one of another size.
         """
+        loader = copy.copy(self)
+        if results.get("as_stored") and self.color_type in ("color", "grayscale"):
+            loader.color_type = f"{self.color_type}_ignore_orientation"
+        given = results.get("height"), results.get("width")
         try:
-            return super().transform(results)
+            results = LoadImageFromFile.transform(loader, results)
         except Exception as error:  # whatever the decoder of the day raises
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise IasvitError(f"image {results['img_path']} cannot be read: {reason}") from None
+            raise IasvitError(f"image {results['img_path']} cannot be read: {reason(error)}") from None
+        found = results["img"].shape[:2]
+        if None not in given and given != found:
+            raise IasvitError(
+                f"image {results['img_path']} is read as {found[1]}×{found[0]} pixels, but the annotations give "
+                f"{given[1]}×{given[0]}"
+            )
+        return results
+
+
+class EvaluatedImages(BaseDataset):
+    """Images as mmengine's runner takes them.
+
+    Args:
+        images: of each "img_id", "img_path", "width", "height" and "as_stored" (see `ReadableImage`).
+        classes: names of the model's classes.
+        pipeline: transforms.
+    """
+
+    def __init__(self, images: list[dict[str, Any]], classes: Sequence[str], pipeline: list[dict[str, Any]]) -> None:
+        self._images = images
+        metainfo = {"classes": tuple(classes)}
+        super().__init__(metainfo=metainfo, pipeline=pipeline, test_mode=True, serialize_data=False)
+
+    def load_data_list(self) -> list[dict[str, Any]]:
+        """See mmengine."""
+        return self._images
 
 
 class _Evaluation(Runner):
@@ -68,7 +103,7 @@ class _Bar(Hook):
 
 
 def evaluate(
-    network: nn.Module, dataset: CocoDataset, metric: CocoMetric, progress: Progress, workers: int = 0
+    network: nn.Module, dataset: BaseDataset, metric: CocoMetric, progress: Progress, workers: int = 0
 ) -> dict[str, float]:
     """COCO's box and mask AP of a detector, in percent: "bbox_mAP", "bbox_mAP_50" … "segm_mAP_l".
 

@@ -220,7 +220,8 @@ def measure(model: nn.Module, name: str, val_images: int) -> dict[str, float]:
     from tasks.detection.runner import evaluate
 
     images = MiniCocoImages(val_images)
-    return evaluate(model, images.dataset(detectors.detector_config(name)), images.metric(), Progress())
+    config = detectors.detector_config(name)
+    return evaluate(model, images.dataset(config), images.metric(config.classes), Progress())
 
 
 class Trainer:

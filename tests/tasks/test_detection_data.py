@@ -12,12 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from coco_files import CLASSES, CONFIG, PREPROCESSOR, Oracle, content, pipeline, predictions, shifted, write
 from PIL import Image
-from torch import Tensor, nn
 
 pytest.importorskip("mmdet", reason="the coco extra is not installed")
 
-from mmdet.structures import DetDataSample
 from mmengine.structures import InstanceData
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
@@ -25,60 +24,10 @@ from pycocotools.cocoeval import COCOeval
 
 from iasvit.errors import IasvitError
 from iasvit.progress import Progress
-from tasks.detection.data import CalibrationImages, CocoImages, DetectorConfig, MiniCocoImages, readable, test_pipeline
+from tasks.detection.data import CalibrationImages, CocoImages, DetectorConfig, MiniCocoImages, readable
 from tasks.detection.models import coco_classes
 from tasks.detection.runner import METRICS, evaluate
 from tasks.mini import detection
-
-pipeline = test_pipeline  # pytest would take the name for a test's
-del test_pipeline
-
-CLASSES = ("circle", "box", "line")
-PREPROCESSOR = {
-    "type": "DetDataPreprocessor",
-    "mean": [10.0, 20.0, 30.0],
-    "std": [2.0, 4.0, 8.0],
-    "bgr_to_rgb": True,
-    "pad_size_divisor": 32,
-}
-CONFIG = DetectorConfig({"data_preprocessor": PREPROCESSOR}, pipeline(1333, 800), CLASSES)
-
-
-def content(sizes: list[tuple[int, int]], seed: int = 0) -> dict[str, Any]:
-    """A COCO data set of images of these widths and heights, with 3 boxes each; ids neither sorted nor contiguous."""
-    generator = np.random.default_rng(seed)
-    images, annotations = [], []
-    for number, (width, height) in enumerate(sizes):
-        image_id = 1000 - 7 * number
-        images.append({"id": image_id, "file_name": f"{image_id}.png", "width": width, "height": height})
-        for k in range(3):
-            w, h = int(generator.integers(8, width // 2)), int(generator.integers(8, height // 2))
-            x, y = int(generator.integers(0, width - w)), int(generator.integers(0, height - h))
-            annotations.append(
-                {
-                    "id": 1 + len(annotations),
-                    "image_id": image_id,
-                    "category_id": (5, 9, 20)[(number + k) % 3],
-                    "bbox": [x, y, w, h],
-                    "area": w * h,
-                    "iscrowd": 0,
-                    "segmentation": [[x, y, x + w, y, x + w, y + h, x, y + h]],
-                }
-            )
-    categories = [{"id": number, "name": name} for number, name in zip((5, 9, 20), CLASSES, strict=True)]
-    return {"images": images, "categories": categories, "annotations": annotations}
-
-
-def write(folder: Path, data: dict[str, Any], splits: tuple[str, ...] = ("val2017", "train2017")) -> Path:
-    (folder / "annotations").mkdir(parents=True, exist_ok=True)
-    (folder / "annotations" / "instances_val2017.json").write_text(json.dumps(data))
-    for split in splits:
-        (folder / split).mkdir(exist_ok=True)
-        for image in data["images"]:
-            noise = np.random.default_rng(image["id"]).integers(0, 255, (image["height"], image["width"], 3))
-            Image.fromarray(noise.astype(np.uint8)).save(folder / split / image["file_name"])
-    return folder
-
 
 SIZES = [(640, 480), (300, 500), (123, 77), (200, 200), (500, 333), (90, 400)]
 
@@ -174,43 +123,6 @@ def test_mini_coco_is_drawn_and_goes_with_its_object(monkeypatch: pytest.MonkeyP
 # ---- metrics ---------------------------------------------------------------------------------------------------------
 
 
-class Oracle(nn.Module):
-    """Stands for a detector: answers what it was given for each image."""
-
-    def __init__(self, answers: dict[int, InstanceData]) -> None:
-        super().__init__()
-        self.answers = answers
-
-    def test_step(self, batch: dict[str, Any]) -> list[DetDataSample]:
-        samples = batch["data_samples"]
-        for sample in samples:
-            sample.pred_instances = self.answers[sample.img_id]
-        return samples
-
-
-def predictions(
-    images: CocoImages, change: Callable[[np.random.Generator, Tensor], Tensor], found: float = 1.0
-) -> dict[int, InstanceData]:
-    """For each image its annotated boxes, changed, with random scores and masks that fill the boxes."""
-    truth, generator = json.loads(images.annotation_file.read_text()), np.random.default_rng(1)
-    labels = {category["id"]: CLASSES.index(category["name"]) for category in truth["categories"]}
-    answers = {}
-    for image in truth["images"]:
-        own = [a for a in truth["annotations"] if a["image_id"] == image["id"] and generator.random() < found]
-        boxes = torch.tensor([[x, y, x + w, y + h] for x, y, w, h in (a["bbox"] for a in own)]).reshape(-1, 4).float()
-        boxes = change(generator, boxes)
-        masks = torch.zeros(len(own), image["height"], image["width"], dtype=torch.bool)
-        for mask, (x0, y0, x1, y1) in zip(masks, boxes.round().long().clamp(min=0).tolist(), strict=True):
-            mask[y0:y1, x0:x1] = True
-        answers[image["id"]] = InstanceData(
-            bboxes=boxes,
-            scores=torch.from_numpy(generator.random(len(own))).float(),
-            labels=torch.tensor([labels[a["category_id"]] for a in own], dtype=torch.int64),
-            masks=masks,
-        )
-    return answers
-
-
 def by_pycocotools(images: CocoImages, answers: dict[int, InstanceData]) -> dict[str, float]:
     """The same metrics by pycocotools alone."""
     results: dict[str, float] = {}
@@ -243,15 +155,11 @@ def by_pycocotools(images: CocoImages, answers: dict[int, InstanceData]) -> dict
     return results
 
 
-def shifted(generator: np.random.Generator, boxes: Tensor) -> Tensor:
-    return boxes + torch.from_numpy(generator.normal(0, 4, boxes.shape)).float()
-
-
 @pytest.mark.parametrize("limit", [None, 4])
 def test_metrics_are_pycocotools(root: Path, limit: int | None) -> None:
     images = CocoImages(root, limit, workers=0)
     answers = predictions(images, shifted, found=0.8)
-    scores = evaluate(Oracle(answers), images.dataset(CONFIG), images.metric(), Progress())
+    scores = evaluate(Oracle(answers), images.dataset(CONFIG), images.metric(CLASSES), Progress())
     expected = by_pycocotools(images, answers)
     assert tuple(scores) == METRICS
     assert 5 < scores["bbox_mAP"] < 95
@@ -263,14 +171,14 @@ def test_metrics_are_pycocotools(root: Path, limit: int | None) -> None:
 def test_the_truth_itself_scores_100_and_images_left_out_do_not_count(root: Path) -> None:
     images = CocoImages(root, limit=2, workers=0)
     answers = predictions(images, lambda generator, boxes: boxes)
-    scores = evaluate(Oracle(answers), images.dataset(CONFIG), images.metric(), Progress())
+    scores = evaluate(Oracle(answers), images.dataset(CONFIG), images.metric(CLASSES), Progress())
     assert scores["bbox_mAP"] == scores["segm_mAP"] == 100
 
 
 def test_a_detector_that_finds_nothing_has_0_and_no_value_where_there_is_no_object(tmp_path: Path) -> None:
     images = CocoImages(write(tmp_path, content([(64, 64), (60, 60)])), workers=0)
     answers = predictions(images, shifted, found=0)
-    scores = evaluate(Oracle(answers), images.dataset(CONFIG), images.metric(), Progress())
+    scores = evaluate(Oracle(answers), images.dataset(CONFIG), images.metric(CLASSES), Progress())
     assert {name: value for name, value in scores.items() if value == value} == {
         name: 0.0 for name in METRICS if not name.endswith(("_m", "_l"))
     }
@@ -282,7 +190,7 @@ def test_evaluation_leaves_the_generators_and_standard_output_alone(
     images = CocoImages(root, limit=1, workers=0)
     network = Oracle(predictions(images, shifted))
     states = torch.random.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
-    evaluate(network, images.dataset(CONFIG), images.metric(), Progress())
+    evaluate(network, images.dataset(CONFIG), images.metric(CLASSES), Progress())
     assert torch.equal(torch.random.get_rng_state(), states[0])
     assert np.array_equal(np.random.get_state()[1], states[1])  # noqa: NPY002
     assert capsys.readouterr().out == ""
@@ -350,7 +258,7 @@ def test_an_image_that_cannot_be_read_is_named(root: Path, workers: int, damage:
     dataset = images.dataset(CONFIG)
     damage(root / "val2017" / "972.png")
     with pytest.raises(IasvitError) as error:
-        evaluate(network, dataset, images.metric(), Progress(), workers)
+        evaluate(network, dataset, images.metric(CLASSES), Progress(), workers)
     assert str(error.value).startswith(f"image {root}/val2017/972.png cannot be read: ")
     assert "\n" not in str(error.value)
 

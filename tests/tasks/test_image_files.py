@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 import warnings
 import zlib
@@ -12,7 +13,7 @@ import pytest
 from PIL import Image
 from timm.utils.misc import natural_key
 
-from tasks.classification.image_files import EXTENSIONS, UNREADABLE_ERRORS, list_images, read_rgb
+from tasks.classification.image_files import EXTENSIONS, UNREADABLE_ERRORS, entries, list_images, read_rgb
 
 COLOURS = np.array([[250, 10, 10], [10, 240, 30], [20, 40, 230], [128, 128, 128]], dtype=np.uint8)
 PIXELS = np.repeat(np.repeat(COLOURS.reshape(2, 2, 3), 8, axis=0), 8, axis=1)  # four squares, 16×16×3
@@ -158,3 +159,48 @@ def test_images_are_listed_in_natural_order_and_others_counted(
     what = "files that are no images by their extension (4): b.csv, c.npy, d.pdf and 1 more"
     assert caplog.messages == [f"{tmp_path}: left out {what}"]
     assert len(list_images(tmp_path, {"": 0})) == len(names) + 1
+
+
+def test_what_would_hang_or_count_twice_is_left_out_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A pipe, links to nothing and to itself, and folders linked into themselves and into each other."""
+    for name in ("cat/1.png", "cat/sub/2.png", "dog/3.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    cat = tmp_path / "cat"
+    os.mkfifo(cat / "pipe.png")
+    (cat / "gone.png").symlink_to(tmp_path / "nothing.png")
+    (cat / "self.png").symlink_to(cat / "self.png")
+    (cat / "loop").symlink_to(cat)
+    (cat / "up").symlink_to(tmp_path)  # would make a dog a cat
+    (cat / "sub" / "twice").symlink_to(cat / "sub")
+    (tmp_path / "link").symlink_to(tmp_path / "dog")
+    assert list_images(tmp_path, {"cat": 0, "dog": 1, "link": 2}) == [
+        (str(tmp_path / "cat" / "1.png"), 0),
+        (str(tmp_path / "cat" / "sub" / "2.png"), 0),
+        (str(tmp_path / "dog" / "3.png"), 1),
+        (str(tmp_path / "link" / "3.png"), 2),
+    ]
+    assert sorted(message.partition("left out ")[2] for message in caplog.messages) == [
+        "links to folders that are listed already or hold this one (3): loop, twice, up",
+        "what is no regular file (3): gone.png, pipe.png, self.png",
+    ]
+    (tmp_path / "self").symlink_to(tmp_path / "self")
+    assert entries(tmp_path) == ({"cat", "dog", "link"}, {"self"})
+
+
+def test_a_folder_that_cannot_be_read_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "1.png").touch()
+    (tmp_path / "locked").mkdir()
+    real = os.scandir
+
+    def scandir(folder: str) -> object:
+        if str(folder).endswith("locked"):
+            raise PermissionError(13, "Permission denied")
+        return real(folder)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert list_images(tmp_path, {"": 0}) == [(str(tmp_path / "a" / "1.png"), 0)]
+    assert caplog.messages == [f"{tmp_path}: left out folders that cannot be read (Permission denied) (1): locked"]
