@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from tqdm import tqdm
 
 from iasvit.calibration import ActivationStore, Store, calibration_store, tensors
@@ -123,6 +123,33 @@ def squared_error(output: Tensor, target: Tensor) -> Tensor:
     return (output - target).square().flatten(1).sum(dim=1).mean()
 
 
+def _loss(run: Callable[[Activation], Activation], inputs: Activation, targets: Tensor, autocast: bool) -> Tensor:
+    # A cache of cast weights would outlive a captured step.
+    with torch.autocast(targets.device.type, torch.bfloat16, enabled=autocast, cache_enabled=False):
+        outputs = tensors(run(inputs))[0]
+    return squared_error(outputs.float(), targets)
+
+
+@cache
+def _compiled_loss() -> Callable[..., Tensor]:
+    compiled = torch.compile(_loss, dynamic=False)
+
+    def loss(*arguments: Any) -> Tensor:
+        # Past the limit on kinds of segments torch falls back to eager mode.
+        with torch._dynamo.config.patch(recompile_limit=1024, accumulated_recompile_limit=4096):
+            return compiled(*arguments)
+
+    return loss
+
+
+def share_code(model: nn.Module) -> None:
+    """Give traced modules of equal code one class, so that what torch.compile makes for one block serves all."""
+    classes: dict[str, type[nn.Module]] = {}
+    for module in model.modules():
+        if isinstance(module, fx.GraphModule):
+            module.__class__ = classes.setdefault(module.code, type(module))
+
+
 def optimize(
     run: Callable[[Activation], Activation],
     parameters: Sequence[nn.Parameter],
@@ -134,6 +161,7 @@ def optimize(
     lr: float,
     generator: torch.Generator,
     autocast: bool = False,
+    compile: bool = False,
     bar: tqdm | None = None,
 ) -> float:
     """Minimise `squared_error(run(inputs), targets)` over parameters: Adam, no weight decay, cosine from lr to 0.
@@ -146,6 +174,7 @@ def optimize(
         iterations: steps, each on `batch_size` images drawn without replacement.
         generator: a CPU generator; the same state gives the same result.
         autocast: compute products in bfloat16; parameters, losses and the optimizer stay in float32.
+        compile: fuse the step's operators by torch.compile; a segment of a kind takes seconds once.
         bar: moved by one a step.
 
     Returns:
@@ -157,7 +186,7 @@ def optimize(
         if bar is not None:
             bar.update(iterations)
         return math.nan
-    step = _Step(run, parameters, inputs, targets, min(batch_size, len(inputs)), autocast)
+    step = _Step(run, parameters, inputs, targets, min(batch_size, len(inputs)), autocast, compile)
     for parameter in parameters:
         parameter.requires_grad_(True)
     try:
@@ -171,19 +200,6 @@ def optimize(
             parameter.requires_grad_(False)
             parameter.grad = None
     return float(step.loss)
-
-
-@contextmanager
-def compiled(segment: Segment, value: bool = True) -> Iterator[None]:
-    """Let a segment's quantizers be compiled passes for a while: for learning, see `Quantizer`."""
-    quantizers = [q for weights in (True, False) for _, q in segment.quantizers(weights=weights)]
-    try:
-        for quantizer in quantizers:
-            quantizer.compiled = value
-        yield
-    finally:
-        for quantizer in quantizers:
-            quantizer.compiled = False
 
 
 @cache
@@ -205,14 +221,16 @@ class _Step:
         targets: Store,
         batch_size: int,
         autocast: bool,
+        compile: bool,
     ) -> None:
         self.run, self.inputs, self.targets, self.autocast = run, inputs, targets.leading, autocast
         device = parameters[0].device
+        self.loss_of = _compiled_loss() if compile else _loss
         self.lr = torch.zeros((), device=device)  # a tensor, so that a replayed graph reads each step's value
         self.indices = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self.loss = torch.zeros((), device=device)
         on_gpu = device.type == "cuda"
-        self.optimizer = torch.optim.Adam(parameters, lr=self.lr, foreach=on_gpu, capturable=on_gpu)
+        self.optimizer = torch.optim.Adam(parameters, lr=self.lr, fused=on_gpu, capturable=on_gpu)
         self.graph = torch.cuda.CUDAGraph() if on_gpu and inputs.resident and self.targets.resident else None
         self.stream = _side_stream(device) if self.graph is not None else None
         self.count = 0
@@ -237,10 +255,8 @@ class _Step:
 
     def _eager(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
-        # A cache of cast weights would outlive a captured step.
-        with torch.autocast(self.loss.device.type, torch.bfloat16, enabled=self.autocast, cache_enabled=False):
-            output = tensors(self.run(self.inputs.gather(self.indices)))[0]
-        loss = squared_error(output.float(), self.targets.gather(self.indices))
+        inputs, targets = self.inputs.gather(self.indices), self.targets.gather(self.indices)
+        loss = self.loss_of(self.run, inputs, targets, self.autocast)
         loss.backward()
         self.optimizer.step()
         self.loss.copy_(loss.detach())

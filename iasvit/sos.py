@@ -15,7 +15,7 @@ from iasvit.models import Site, find_pairs, prepare, segments
 from iasvit.nn import quantizers_of
 from iasvit.progress import Progress, fingerprint
 from iasvit.quantizers import SOFTMAX_QUANTIZERS, WEIGHT_PERCENTILES, Quantizer, UniformQuantizer
-from iasvit.reconstruction import SegmentJob, compiled, optimize, stream
+from iasvit.reconstruction import SegmentJob, optimize, share_code, stream
 from iasvit.reparam import reparameterize
 from iasvit.spec import QuantSpec
 
@@ -52,7 +52,7 @@ class IASViT:
             ablation has in place of it (ias_vit[-sulq]), or another.
         sos: False for direct reconstruction, per-tensor quantizers and all in one stage of twice the steps (ablation).
         autocast: learn with products in bfloat16; on a GPU faster by half.
-        compile: learn with quantizers that torch.compile made one pass each; needs its compiler, and seconds at first.
+        compile: learn with steps that torch.compile has fused; needs its compiler, and seconds for each kind of block.
     """
 
     iterations: int | None = None
@@ -91,6 +91,8 @@ class IASViT:
         if iterations is None:
             iterations = 1000 if min(spec.w_bits, spec.a_bits) < 6 else 200
         pairs = find_pairs(quantized)
+        if self.compile:
+            share_code(quantized)
 
         def initialise(images: Store) -> None:
             with (
@@ -128,19 +130,19 @@ class IASViT:
             return
         seeds = (self.seed, job.index, stage)
         generator = torch.Generator().manual_seed(int(fingerprint(*seeds), 16) % 2**63)
-        with compiled(job.segment, self.compile):
-            optimize(
-                job.segment.run,
-                parameters,
-                job.inputs_fp if stage == 1 else job.inputs_q,
-                job.targets,
-                iterations=iterations,
-                batch_size=self.batch_size,
-                lr=self.lr,
-                generator=generator,
-                autocast=self.autocast,
-                bar=job.bar,
-            )
+        optimize(
+            job.segment.run,
+            parameters,
+            job.inputs_fp if stage == 1 else job.inputs_q,
+            job.targets,
+            iterations=iterations,
+            batch_size=self.batch_size,
+            lr=self.lr,
+            generator=generator,
+            autocast=self.autocast,
+            compile=self.compile,
+            bar=job.bar,
+        )
 
     def weight_quantizer(self, site: Site) -> Quantizer:
         """Uniform, one scale and zero-point per output channel."""

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,11 @@ import tiny_models
 import torch
 from torch import Tensor, nn
 
-from iasvit.calibration import ActivationStore, calibrate_inputs
+import iasvit
+from iasvit import reconstruction
+from iasvit.calibration import ActivationStore, calibrate_inputs, tensors
 from iasvit.errors import IasvitError
-from iasvit.models import segments
+from iasvit.models import Activation, segments
 from iasvit.progress import Progress
 from iasvit.quantizers import Quantizer
 from iasvit.reconstruction import SegmentJob, optimize, squared_error, stream
@@ -293,3 +296,48 @@ def test_a_checkpoint_has_quantizers_under_their_names(vit: nn.Module, images: T
     _, state = Progress(checkpoint=tmp_path).restore()
     names = {name for name, module in quantized.named_modules() if isinstance(module, Quantizer)}
     assert {name.removesuffix("._extra_state") for name in state if name.endswith("_extra_state")} == names
+
+
+@pytest.fixture
+def _aot_eager(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """torch.compile without a C++ compiler."""
+    torch._dynamo.reset()
+    reconstruction._compiled_loss.cache_clear()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    yield
+    reconstruction._compiled_loss.cache_clear()
+
+
+@pytest.mark.usefixtures("_aot_eager")
+@pytest.mark.parametrize("name", ["vit", "swin"])
+def test_a_compiled_step_has_the_loss_and_gradients_of_an_eager_one(name: str, images: Tensor) -> None:
+    quantized = iasvit.quantize(tiny_models.MODELS[name](), images, "W4A4", "ias_vit", iterations=0)
+    x: Activation = images
+    compared = 0
+    for segment in segments(quantized):
+        parameters = [layer.weight for layer in segment.layers()]
+        if parameters and "block" in segment.name:
+            targets = tensors(segment.run(x))[0].detach() + 0.1
+            results = []
+            for loss in (reconstruction._loss, reconstruction._compiled_loss()):
+                for parameter in parameters:
+                    parameter.requires_grad_(True)
+                value = loss(segment.run, x, targets, False)
+                results.append((value, *torch.autograd.grad(value, parameters)))
+            for eager, compiled in zip(*results, strict=True):
+                torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-4 * float(eager.abs().max()))
+            compared += 1
+        with torch.no_grad():
+            x = segment.run(x)
+    assert compared == 2 + 2 * (name == "swin")
+
+
+@pytest.mark.usefixtures("_aot_eager")
+def test_what_is_compiled_for_one_block_serves_all(images: Tensor) -> None:
+    compiled = []
+    for depth in (2, 4):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        iasvit.quantize(tiny_models.vit(depth=depth), images, "W4A4", "ias_vit", iterations=1, batch_size=4, compile=True)
+        compiled.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert compiled == [5, 5]  # the patch embedding in stage 3, a block and the head in stages 1 and 3

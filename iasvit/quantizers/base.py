@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from functools import cache
 from typing import Any, ClassVar
 
 import torch
@@ -20,8 +18,8 @@ class Quantizer(nn.Module):
 
     A code is an integer in [0, 2^n_bits - 1], held as uint8. `forward` is fake quantization: exactly
     `decode(encode(x))`, with a straight-through gradient (STE) to x; quantizer parameters get no gradient. With
-    `enabled` False, `forward` returns x as it is: full precision. With `compiled` True, which is for
-    learning, `forward` is one pass that torch.compile made; a value next to a rounding tie may get the other code.
+    `enabled` False, `forward` returns x as it is: full precision. Under torch.compile, which is for learning, a value
+    next to a rounding tie may get the other code.
 
     Subclasses name in `parameters_` the buffers that `calibrate` fills, and in `config` what else rebuilds them.
 
@@ -38,7 +36,6 @@ class Quantizer(nn.Module):
             raise IasvitError(f"n_bits is {n_bits}, but quantizers have 2 to 8 bits")
         self.n_bits = n_bits
         self.enabled = True
-        self.compiled = False
         for name in self.parameters_:
             self.register_buffer(name, torch.empty(0))
 
@@ -83,7 +80,11 @@ class Quantizer(nn.Module):
             return x
         if not self.calibrated:
             raise IasvitError("a quantizer was used before it was calibrated; run the method's calibration first")
-        return _FakeQuantize.apply(x.float() if x.dtype.itemsize < 4 else x, self)
+        x = x.float() if x.dtype.itemsize < 4 else x
+        if torch.compiler.is_compiling():  # an expression that fuses with its surroundings: x - x is 0, its gradient 1
+            values = self._fake_quantize(x.detach())
+            return values + (x - x.detach()) * self._ste(x.detach(), values)
+        return _FakeQuantize.apply(x, self)
 
     def config(self) -> dict[str, Any]:
         """Arguments that build an equal quantizer, and whether it is enabled; JSON types only."""
@@ -130,29 +131,6 @@ class Quantizer(nn.Module):
         return ", ".join(f"{key}={value}" for key, value in self.config().items() if key != "kind")
 
 
-def _one_pass(x: Tensor, quantizer: Quantizer, needs_grad: bool) -> tuple[Tensor, Tensor | None]:
-    """Values and gradient of `quantizer` in one compiled pass. x takes few shapes, as each number of axes compiles."""
-    channel_dim = getattr(quantizer, "channel_dim", None)
-    if channel_dim is None:
-        rows = x.reshape(-1)
-    elif channel_dim == 0:
-        rows = x.flatten(1)
-    else:
-        rows = x.flatten(0, -2) if channel_dim == -1 else x
-    with torch._dynamo.config.patch(recompile_limit=64):  # kinds of quantizers × bits; past it, eager mode takes over
-        values, ste = _compiled_pass()(rows, quantizer, needs_grad)
-    return values.view(x.shape), None if ste is None else ste.view(x.shape)
-
-
-@cache
-def _compiled_pass() -> Callable[[Tensor, Quantizer, bool], tuple[Tensor, Tensor | None]]:
-    def both(x: Tensor, quantizer: Quantizer, needs_grad: bool) -> tuple[Tensor, Tensor | None]:
-        values = quantizer._fake_quantize(x)
-        return values, quantizer._ste(x, values) if needs_grad else None
-
-    return torch.compile(both, dynamic=True, fullgraph=True)
-
-
 # A quantizer is a dozen elementwise passes. On a CPU an attention map does not fit the cache, and each pass over it
 # waits for memory; pieces of this many values stay in the cache from the first pass to the last (4 times as fast).
 _PIECE = 2**17
@@ -162,11 +140,6 @@ class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, quantizer: Quantizer) -> Tensor:
         needs_grad = ctx.needs_input_grad[0]
-        if quantizer.compiled:
-            values, ste = _one_pass(x.detach(), quantizer, needs_grad)
-            if needs_grad:
-                ctx.save_for_backward(ste)
-            return values
         if not (x.is_cpu and quantizer.elementwise and x.numel() > 2 * _PIECE):
             values = quantizer._fake_quantize(x)
             if needs_grad:

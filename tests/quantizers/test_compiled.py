@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -17,7 +16,6 @@ from iasvit.quantizers import (
     TwinGELUQuantizer,
     TwinSoftmaxQuantizer,
     UniformQuantizer,
-    base,
 )
 
 CPP = any(map(shutil.which, ("g++", "c++", "clang++")))
@@ -34,13 +32,9 @@ KINDS: dict[str, Callable[[], Quantizer]] = {
 }
 
 
-@pytest.fixture
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """What torch.compile hands its graph to: "aot_eager" needs no C++ compiler, which takes seconds a kind."""
-    base._compiled_pass.cache_clear()
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=request.param))
-    yield request.param
-    base._compiled_pass.cache_clear()
+@pytest.fixture(autouse=True)
+def _reset() -> None:
+    torch._dynamo.reset()  # a test's kinds of quantizers must not use up the limit of another's
 
 
 @pytest.mark.parametrize(
@@ -49,10 +43,8 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         *(("aot_eager", kind) for kind in KINDS),
         pytest.param("inductor", "sulq", marks=[pytest.mark.slow, pytest.mark.skipif(not CPP, reason=NO_CPP)]),
     ],
-    indirect=["backend"],
 )
-@pytest.mark.usefixtures("backend")
-def test_compiled_is_eager(kind: str) -> None:
+def test_compiled_is_eager(backend: str, kind: str) -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(4, 6, 8, generator=generator)
     if kind in ("log2", "sulq", "twin softmax"):
@@ -66,13 +58,10 @@ def test_compiled_is_eager(kind: str) -> None:
     apart = near[0] == near[1]  # no rounding tie next to the value
     assert apart.float().mean() > 0.9
     results = []
-    for compiled in (False, True):
-        quantizer.compiled = compiled
+    for forward in (quantizer, torch.compile(quantizer, backend=backend, fullgraph=True)):
         leaf = x.clone().requires_grad_(True)
-        values = quantizer(leaf)
+        values = forward(leaf)
         (gradient,) = torch.autograd.grad(values.sum(), leaf)
-        with torch.no_grad():
-            assert torch.equal(quantizer(x), values)
         results.append((values.detach()[apart], gradient[apart]))
     (values, gradient), (compiled_values, compiled_gradient) = results
     assert len(values.unique()) > 3
@@ -82,6 +71,6 @@ def test_compiled_is_eager(kind: str) -> None:
 
 def test_a_disabled_quantizer_is_not_compiled() -> None:
     quantizer = UniformQuantizer(3)
-    quantizer.compiled, quantizer.enabled = True, False
+    quantizer.enabled = False
     x = torch.randn(3)
-    assert quantizer(x) is x
+    assert torch.equal(torch.compile(quantizer, backend="aot_eager", fullgraph=True)(x), x)
