@@ -40,8 +40,8 @@ def main(app: typer.Typer | None = None) -> NoReturn:
     except OSError as error:
         if error.errno not in _DISK_FULL:
             raise
-        where = f" at {error.filename}" if error.filename else ""
-        _exit(f"error: the disk is full{where}; free space and run the same command again", BAD_INPUT)
+        location = f" at {error.filename}" if error.filename else ""
+        _exit(f"error: the disk is full{location}; free space and run the same command again", BAD_INPUT)
     except KeyboardInterrupt:
         _interrupted()
     except SystemExit as status:

@@ -76,12 +76,12 @@ class ActivationStore:
         self.folder = folder
         self.device: torch.device | None = None
         self._batches: list[Tensor | _FileBatch] = []
-        self._where: list[tuple[int, int]] = []  # image → (batch, row)
+        self._locations: list[tuple[int, int]] = []  # image → (batch, row)
         self._held = 0
         self._spill: tempfile.TemporaryDirectory[str] | None = None
 
     def __len__(self) -> int:
-        return len(self._where)
+        return len(self._locations)
 
     def append(self, batch: Tensor) -> None:
         """Add the activations (B, ...) of B images; OSError where they have to be spilled and the disk is full."""
@@ -91,7 +91,7 @@ class ActivationStore:
         spilled = self._held + size > self.memory_budget
         if not spilled:
             self._held += size
-        self._where += [(len(self._batches), row) for row in range(batch.shape[0])]
+        self._locations += [(len(self._batches), row) for row in range(batch.shape[0])]
         self._batches.append(self._spilled(batch) if spilled else batch)
 
     def _spilled(self, batch: Tensor) -> _FileBatch:
@@ -128,7 +128,7 @@ class ActivationStore:
         """
         if self.resident:
             return self._batches[0][torch.as_tensor(indices, device=self.device)]
-        rows = [self._batches[b][r] for b, r in (self._where[int(i)] for i in indices)]
+        rows = [self._batches[b][r] for b, r in (self._locations[int(i)] for i in indices)]
         if any(row.shape != rows[0].shape for row in rows):
             raise IasvitError("calibration images of different sizes cannot share a batch; use a batch size of 1")
         return torch.stack([row.to(self.device) for row in rows])  # files are read on the CPU
@@ -138,7 +138,7 @@ class ActivationStore:
         if len(self._batches) < 2 or self.spilled or len({batch.shape[1:] for batch in self._batches}) > 1:
             return
         self._batches = [torch.cat(self._batches)]
-        self._where = [(0, row) for row in range(len(self._where))]
+        self._locations = [(0, row) for row in range(len(self._locations))]
 
     def batches(self, size: int, limit: int | None = None) -> Iterator[Tensor]:
         """All activations in order (or the first `limit`), in batches of at most `size` images of one shape."""
@@ -152,15 +152,15 @@ class ActivationStore:
             start = stop
 
     def _shape(self, image: int) -> torch.Size:
-        return self._batches[self._where[image][0]].shape[1:]
+        return self._batches[self._locations[image][0]].shape[1:]
 
-    def map(self, run: Callable[[Tensor], Activation], batch_size: int, where: str) -> Store:
+    def map(self, run: Callable[[Tensor], Activation], batch_size: int, producer: str) -> Store:
         """A store of run(activations) for all images.
 
         Raises:
-            IasvitError: an output holds NaN or Inf; the message says that it left `where`.
+            IasvitError: an output holds NaN or Inf; the message says that it left `producer`.
         """
-        return _map(self, run, batch_size, where)
+        return _map(self, run, batch_size, producer)
 
 
 class TupleStore:
@@ -213,9 +213,9 @@ class TupleStore:
             yield (batch, *(part.gather(range(start, start + len(batch))) for part in self.parts[1:]))
             start += len(batch)
 
-    def map(self, run: Callable[[tuple[Tensor, ...]], Activation], batch_size: int, where: str) -> Store:
+    def map(self, run: Callable[[tuple[Tensor, ...]], Activation], batch_size: int, producer: str) -> Store:
         """See `ActivationStore`."""
-        return _map(self, run, batch_size, where)
+        return _map(self, run, batch_size, producer)
 
 
 Store = ActivationStore | TupleStore
@@ -273,13 +273,13 @@ class Collector:
 
 
 @torch.no_grad()
-def _map(store: Store, run: Callable[[Any], Activation], batch_size: int, where: str) -> Store:
+def _map(store: Store, run: Callable[[Any], Activation], batch_size: int, producer: str) -> Store:
     result = Collector(store)
     for batch in store.batches(batch_size):
         output = run(batch)
         given = {id(tensor) for tensor in tensors(batch)}
         if not all(torch.isfinite(tensor).all() for tensor in tensors(output) if id(tensor) not in given):
-            raise IasvitError(f"layer {where!r} puts out NaN or Inf for the calibration images; check the model")
+            raise IasvitError(f"layer {producer!r} puts out NaN or Inf for the calibration images; check the model")
         result.append(output, batch)
     return result.store()
 

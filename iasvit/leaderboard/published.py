@@ -17,7 +17,7 @@ def read_published(path: Path) -> pd.DataFrame:
     """Published values, columns PUBLISHED_COLUMNS; an empty table where there is no file.
 
     Raises:
-        IasvitError: a column is missing, a value is no number from 0 to 100, a line names no source, or two lines give
+        IasvitError: a column is missing, bits are no whole number from 1 to 32, a value is no finite number, a line names no source, or two lines give
             the same number.
     """
     if not path.is_file():
@@ -30,8 +30,11 @@ def read_published(path: Path) -> pd.DataFrame:
         raise IasvitError(f"{path} has no column {missing[0]!r}; columns are {', '.join(PUBLISHED_COLUMNS)}")
     for name in ("w_bits", "a_bits", "value"):
         numbers = pd.to_numeric(frame[name], errors="coerce")
-        for line in frame.index[~numbers.between(0, 100)]:
-            raise IasvitError(f"{path} line {line + 2}: {name} is {frame[name][line]!r}, but 0 to 100 is expected")
+        sound, expected = numbers.abs() < float("inf"), "a number"
+        if name != "value":
+            sound, expected = numbers.between(1, 32) & (numbers % 1 == 0), "1 to 32"
+        for line in frame.index[~sound]:
+            raise IasvitError(f"{path} line {line + 2}: {name} is {frame[name][line]!r}, but {expected} is expected")
         frame[name] = numbers if name == "value" else numbers.astype(int)
     for line in frame.index[frame["source"].str.strip() == ""]:
         raise IasvitError(f"{path} line {line + 2} names no source")

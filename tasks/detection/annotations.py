@@ -141,13 +141,13 @@ class _Check:
         result: dict[int, Entry] = {}
         for position, entry in enumerate(entries):
             number = self.number("images", position, entry)
-            where = f"image {number}"
+            owner = f"image {number}"
             name = entry["file_name"]
             if not isinstance(name, str) or not name or "\0" in name:
-                self.refuse(where, "file_name", name, "a file's name is")
+                self.refuse(owner, "file_name", name, "a file's name is")
             if number in result:
                 raise IasvitError(f"annotation file {self.path}: the id {number} is of several images")
-            sides = {key: self.whole(where, key, entry[key], 1) for key in ("width", "height")}
+            sides = {key: self.whole(owner, key, entry[key], 1) for key in ("width", "height")}
             result[number] = {"id": number, "file_name": name, **sides}
         return result
 
@@ -169,16 +169,16 @@ class _Check:
         seen: set[int] = set()
         for position, entry in enumerate(entries):
             own = self.number("annotations", position, entry)
-            where = f"annotation {own}"
-            category, image_id = (self.whole(where, key, entry[key]) for key in ("category_id", "image_id"))
+            owner = f"annotation {own}"
+            category, image_id = (self.whole(owner, key, entry[key]) for key in ("category_id", "image_id"))
             if category not in categories:
                 raise IasvitError(
-                    f"annotation file {self.path}: {where} is of the unknown category {category}; its categories are "
+                    f"annotation file {self.path}: {owner} is of the unknown category {category}; its categories are "
                     f"{some(sorted(categories))}"
                 )
             if image_id not in images:
                 raise IasvitError(
-                    f"annotation file {self.path}: {where} is of image {image_id}, which is not among its images"
+                    f"annotation file {self.path}: {owner} is of image {image_id}, which is not among its images"
                 )
             image = images[image_id]
             if own in seen:
@@ -188,8 +188,8 @@ class _Check:
                 self.ignored.append(own)
             crowd = entry.get("iscrowd", 0)
             if not isinstance(crowd, int) or crowd not in (0, 1):
-                self.refuse(where, "iscrowd", crowd, "0 or 1 is")
-            box, area = self.box(where, own, entry["bbox"], image), self.area(where, entry["area"])
+                self.refuse(owner, "iscrowd", crowd, "0 or 1 is")
+            box, area = self.box(owner, own, entry["bbox"], image), self.area(owner, entry["area"])
             if not area and box[2] and box[3]:
                 self.no_area.append(own)
             result.append(
@@ -200,7 +200,7 @@ class _Check:
                     "bbox": box,
                     "area": area,
                     "iscrowd": int(crowd),
-                    "segmentation": self.segmentation(where, own, entry["segmentation"], image),
+                    "segmentation": self.segmentation(owner, own, entry["segmentation"], image),
                 }
             )
         self.total = len(result)
@@ -213,14 +213,14 @@ class _Check:
 
     # ---- fields ----
 
-    def box(self, where: str, own: int, value: Any, image: Entry) -> list[float]:
+    def box(self, owner: str, own: int, value: Any, image: Entry) -> list[float]:
         """bbox."""
         width, height = image["width"], image["height"]
         if not isinstance(value, list) or len(value) != 4 or not _numbers(value, _FAR * max(width, height)):
-            self.refuse(where, "bbox", value, "[x, y, width, height] in pixels of its image is")
+            self.refuse(owner, "bbox", value, "[x, y, width, height] in pixels of its image is")
         x, y, w, h = value
         if w < 0 or h < 0:
-            self.refuse(where, "bbox", value, "a width and a height of 0 or more is")
+            self.refuse(owner, "bbox", value, "a width and a height of 0 or more is")
         if not w or not h:
             self.flat.append(own)
         slack = 2 + 0.01 * max(width, height)  # labels end a little beyond their images
@@ -228,24 +228,24 @@ class _Check:
             self.outside.append(own)
         return value
 
-    def area(self, where: str, value: Any) -> float:
+    def area(self, owner: str, value: Any) -> float:
         """area."""
         if not _numbers([value], 2**53) or value < 0:
-            self.refuse(where, "area", value, "a number of pixels is")
+            self.refuse(owner, "area", value, "a number of pixels is")
         return value
 
-    def segmentation(self, where: str, own: int, value: Any, image: Entry) -> Any:
+    def segmentation(self, owner: str, own: int, value: Any, image: Entry) -> Any:
         """segmentation."""
         if isinstance(value, dict):
-            return self.runs(where, value, image)
+            return self.runs(owner, value, image)
         far = _FAR * max(image["width"], image["height"])
         if not isinstance(value, list) or not all(
             isinstance(polygon, list) and len(polygon) % 2 == 0 and _numbers(polygon, far) for polygon in value
         ):
-            self.refuse(where, "segmentation", value, "polygons [[x, y, x, y, …], …] or a run-length code is")
+            self.refuse(owner, "segmentation", value, "polygons [[x, y, x, y, …], …] or a run-length code is")
         polygons = [polygon for polygon in value if len(polygon) >= 6]
         if not polygons:
-            self.refuse(where, "segmentation", value, "an outline, a polygon of three points or more, is")
+            self.refuse(owner, "segmentation", value, "an outline, a polygon of three points or more, is")
         if len(polygons) < len(value):
             self.no_polygons.append(own)
         if all(
@@ -254,36 +254,36 @@ class _Check:
             self.nowhere.append(own)
         return polygons
 
-    def runs(self, where: str, value: Entry, image: Entry) -> Entry:
+    def runs(self, owner: str, value: Entry, image: Entry) -> Entry:
         """A run-length code: of its image's size, with runs that fill it; pycocotools checks nothing of that."""
         size, counts = [image["height"], image["width"]], value.get("counts")
         if value.get("size") != size:
-            self.refuse(where, "segmentation", value.get("size"), f"its image's size {size} is", "size")
+            self.refuse(owner, "segmentation", value.get("size"), f"its image's size {size} is", "size")
         runs = _decode(counts) if isinstance(counts, str) else counts
         if (
             not isinstance(runs, list)
             or not all(type(run) is int and run >= 0 for run in runs)
             or sum(runs) != size[0] * size[1]
         ):
-            self.refuse(where, "segmentation", counts, f"runs of {size[0] * size[1]} pixels in all are", "counts")
+            self.refuse(owner, "segmentation", counts, f"runs of {size[0] * size[1]} pixels in all are", "counts")
         return {"size": size, "counts": counts}
 
     def number(self, part: str, position: int, entry: Entry) -> int:
         """An entry's id."""
         return self.whole(f"entry {position} of {part!r}", "id", entry["id"])
 
-    def whole(self, where: str, key: str, value: Any, least: int = -(2**53)) -> int:
+    def whole(self, owner: str, key: str, value: Any, least: int = -(2**53)) -> int:
         """A whole number; one written as a float counts."""
         if isinstance(value, float) and value.is_integer():
             value = int(value)
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= 2**53:
-            self.refuse(where, key, value, "a whole number is" if least < 0 else f"a whole number from {least} on is")
+            self.refuse(owner, key, value, "a whole number is" if least < 0 else f"a whole number from {least} on is")
         return value
 
-    def refuse(self, where: str, key: str, value: Any, expected: str, inner: str = "") -> None:
+    def refuse(self, owner: str, key: str, value: Any, expected: str, inner: str = "") -> None:
         """Raise IasvitError."""
         key = f"{key}'s {inner}" if inner else key
-        raise IasvitError(f"annotation file {self.path}: {where} has the {key} {short(value)}, but {expected} expected")
+        raise IasvitError(f"annotation file {self.path}: {owner} has the {key} {short(value)}, but {expected} expected")
 
     def say(self) -> None:
         """Warn of what was put right, or is likely not meant."""

@@ -66,8 +66,10 @@ def test_published_tables_have_gap_best_and_source(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("imagenet,vit_s,a,3,3,top1,101,x", "line 3: value is '101', but 0 to 100"),
-        ("imagenet,vit_s,a,3,3,top1,n/a,x", "line 3: value is 'n/a'"),
+        ("imagenet,vit_s,a,33,3,top1,1,x", "line 3: w_bits is '33', but 1 to 32"),
+        ("imagenet,vit_s,a,3,3.5,top1,1,x", "line 3: a_bits is '3.5', but 1 to 32"),
+        ("imagenet,vit_s,a,3,3,top1,n/a,x", "line 3: value is 'n/a', but a number"),
+        ("imagenet,vit_s,a,3,3,top1,inf,x", "line 3: value is 'inf'"),
         ("imagenet,vit_s,a,three,3,top1,1,x", "line 3: w_bits is 'three'"),
         ("imagenet,vit_s,a,3,3,top1,1,", "line 3 names no source"),
         ("imagenet,vit_s,b,3,3,top1,2,y", "line 3 repeats the cell"),
@@ -79,6 +81,12 @@ def test_a_wrong_published_line_is_named(tmp_path: Path, line: str, message: str
     path.write_text(PUBLISHED_HEADER + "imagenet,vit_s,b,3,3,top1,1,x\n" + line + "\n")
     with pytest.raises(IasvitError, match=message):
         read_published(path)
+
+
+def test_a_metric_without_bounds_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "p.csv"
+    path.write_text(PUBLISHED_HEADER + "language,llm,a,3,3,perplexity,412.5,x\nlanguage,llm,a,3,3,margin,-0.25,x\n")
+    assert read_published(path)["value"].tolist() == [412.5, -0.25]
 
 
 # With what was measured
