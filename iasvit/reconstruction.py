@@ -144,7 +144,7 @@ def _compiled_loss() -> Callable[..., Tensor]:
 
 def share_code(model: nn.Module) -> None:
     """Give traced modules of equal code one class, so that what torch.compile makes for one block serves all."""
-    classes: dict[str, type[nn.Module]] = {}
+    classes: dict[str, type[fx.GraphModule]] = {}
     for module in model.modules():
         if isinstance(module, fx.GraphModule):
             module.__class__ = classes.setdefault(module.code, type(module))

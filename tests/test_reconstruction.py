@@ -338,6 +338,7 @@ def test_what_is_compiled_for_one_block_serves_all(images: Tensor) -> None:
     for depth in (2, 4):
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
-        iasvit.quantize(tiny_models.vit(depth=depth), images, "W4A4", "ias_vit", iterations=1, batch_size=4, compile=True)
+        model = tiny_models.vit(depth=depth)
+        iasvit.quantize(model, images, "W4A4", "ias_vit", iterations=1, batch_size=4, compile=True)
         compiled.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert compiled == [5, 5]  # the patch embedding in stage 3, a block and the head in stages 1 and 3

@@ -17,8 +17,8 @@ def read_published(path: Path) -> pd.DataFrame:
     """Published values, columns PUBLISHED_COLUMNS; an empty table where there is no file.
 
     Raises:
-        IasvitError: a column is missing, bits are no whole number from 1 to 32, a value is no finite number, a line names no source, or two lines give
-            the same number.
+        IasvitError: a column is missing, bits are no whole number from 1 to 32, a value is no finite number, a line
+            names no source, or two lines give the same number.
     """
     if not path.is_file():
         return pd.DataFrame(columns=list(PUBLISHED_COLUMNS))
