@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from iasvit.errors import IasvitError, StorageError, reason
 from iasvit.files import replacing
+from iasvit.label import label
 from iasvit.methods import list_methods, load_method_class, split_variant
 from iasvit.models import build, insert_quantizers
 from iasvit.nn import quant_layers
@@ -175,7 +176,7 @@ def _rebuild(header: dict[str, Any], state: dict[str, Tensor], path: Path) -> nn
         layer.weight.data.copy_(layer.weight_quantizer.decode(layer.codes))
         del layer.codes
     names = ("method", "spec", "options", "architecture", "data")
-    model.quantization = Quantization(**{name: header[name] for name in names})
+    label(model, Quantization(**{name: header[name] for name in names}))
     return model.requires_grad_(False).eval()
 
 

@@ -37,8 +37,7 @@ def quantize(model: nn.Module, images: Tensor, name: str, spec: str = "W4A4", **
 
 
 def equal(one: nn.Module, other: nn.Module) -> bool:
-    a, b = one.state_dict(), other.state_dict()
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+    return same_bits(one.state_dict(), other.state_dict())
 
 
 @every_family
