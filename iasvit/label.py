@@ -35,7 +35,9 @@ def _write(model: nn.Module, state: dict[str, Any], prefix: str, _metadata: dict
     state[prefix + KEY] = torch.tensor(list(json.dumps(made).encode()), dtype=torch.uint8)
 
 
-def _read(model: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+def _read(
+    model: nn.Module, state: dict[str, Tensor], prefix: str, _metadata: dict[str, Any], strict: bool, *_: Any
+) -> None:
     quantization: Quantization = model.quantization
     made = _decoded(state.pop(prefix + KEY, None))
     mine = f"{quantization.method} at {quantization.spec}"
@@ -45,6 +47,11 @@ def _read(model: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> N
             f"{mine}; load it into a model that was made alike"
         )
     quantizers = [(name, module) for name, module in model.named_modules() if isinstance(module, Quantizer)]
+    if strict and not any(f"{prefix}{name}._extra_state" in state for name, _ in quantizers):
+        raise IasvitError(
+            f"the state given holds no quantizers, but is loaded into a model quantized by {mine}; load it into the "
+            "full-precision model and quantize that"
+        )
     for name, quantizer in quantizers:
         config = _decoded(state.get(f"{prefix}{name}._extra_state"))
         if config is None:

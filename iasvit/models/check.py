@@ -157,9 +157,12 @@ def _digests(model: nn.Module, run: Callable[[], object]) -> Digests:
     seen: Digests = {}
 
     def watch(name: str) -> Callable[..., None]:
-        return lambda _module, _args, output: seen.setdefault(
-            name, [(x.double().mean().item(), x.double().abs().mean().item()) for x in _tensors(output)]
-        )
+        def note(_module: nn.Module, _args: object, output: object) -> None:
+            if name not in seen:
+                values = [x.double() for x in _tensors(output)]
+                seen[name] = [(x.mean().item(), x.abs().mean().item()) for x in values]
+
+        return note
 
     handles = [module.register_forward_hook(watch(name)) for name, module in model.named_modules() if name]
     try:

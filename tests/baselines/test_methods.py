@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from baselines_tiny import FAMILIES, METHODS, tiny_images, tiny_model
+from tiny_models import same_bits
 from torch import Tensor, nn
 
 import iasvit
