@@ -15,6 +15,7 @@ from iasvit.errors import IasvitError
 from iasvit.label import label
 from iasvit.methods import Calibration, Method, get_method
 from iasvit.models import (
+    INCOMPLETE,
     adapter_for,
     check_chain,
     check_parameters,
@@ -77,7 +78,11 @@ def quantize(
         with torch.inference_mode(False), torch.enable_grad():  # the caller's mode may be no_grad; methods learn
             model = plain(given)
             description, data = describe(model), adapter_for(model).data(model)
-            calibration = _checked(model, calibration, spec)
+            image, calibration = _checked(model, calibration, spec)
+            why = why_not_saved(model, image)
+            if why is not None:
+                description[INCOMPLETE] = why
+                logger.warning("the %s given can be quantized but not saved: %s", type(model).__name__, why)
             quantized = method.quantize(model, calibration, spec, progress or Progress())
     finally:
         for module, mode in training.items():
@@ -88,18 +93,16 @@ def quantize(
     return quantized
 
 
-def _checked(model: nn.Module, calibration: Calibration, spec: QuantSpec) -> Calibration:
-    """The calibration images, after the first of them has been through all that can be checked before the work."""
+def _checked(model: nn.Module, calibration: Calibration, spec: QuantSpec) -> tuple[Tensor, Calibration]:
+    """The first calibration image, on the model's device and through all that is checked before the work; and all."""
     device = next(model.parameters()).device
 
     def on_device(image: Tensor) -> Tensor:
         return image.to(device, torch.float32)
 
-    image, images = looked_at(calibration, lambda image: check_size(model, on_device(image)))
-    if not torch.isfinite(image).all():
+    first, images = looked_at(calibration, lambda image: check_size(model, on_device(image)))
+    first = on_device(first)
+    if not torch.isfinite(first).all():
         raise IasvitError("calibration images hold NaN or Inf; give normalised, finite images")
-    check_chain(model, on_device(image), spec)
-    why = why_not_saved(model, on_device(image))
-    if why is not None:
-        logger.warning("the %s given can be quantized but not saved: %s", type(model).__name__, why)
-    return list(images) if isinstance(calibration, (list, tuple)) else images
+    check_chain(model, first, spec)
+    return first, list(images) if isinstance(calibration, (list, tuple)) else images

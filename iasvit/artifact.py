@@ -119,7 +119,9 @@ def _check_saved(model: nn.Module, path: Path, architecture: dict[str, Any]) -> 
     try:
         loaded = load(path).to(device)
     except IasvitError as error:
-        raise IasvitError(f"{message} (its file{str(error).removeprefix(str(path))})") from error
+        text = str(error)
+        what = f"its file{text.removeprefix(str(path))}" if text.startswith(str(path)) else text
+        raise IasvitError(f"{message} ({what})") from error
     if not torch.equal(loaded(image), model(image)):
         raise IasvitError(message)
 

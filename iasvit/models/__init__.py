@@ -7,6 +7,7 @@ from iasvit.models.base import Activation, Adapter, Inserter, NormLinearPair, Se
 from iasvit.models.check import check_chain, check_size, why_not_saved
 from iasvit.models.plain import check_parameters, plain, unwrap
 from iasvit.models.registry import (
+    INCOMPLETE,
     adapter_for,
     build,
     describe,
@@ -18,6 +19,7 @@ from iasvit.models.registry import (
 )
 
 __all__ = [
+    "INCOMPLETE",
     "Activation",
     "Adapter",
     "Inserter",

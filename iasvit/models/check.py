@@ -153,14 +153,18 @@ Digests = dict[str, list[tuple[float, float]]]
 
 
 def _digests(model: nn.Module, run: Callable[[], object]) -> Digests:
-    """For each module that `run` runs, in the order in which they end, mean and mean absolute value of its outputs."""
+    """For each module that `run` runs, in the order in which they end: of each output, a sum and the size of values.
+
+    The sum has a weight for each place, so that values in another order give another one.
+    """
     seen: Digests = {}
 
     def watch(name: str) -> Callable[..., None]:
         def note(_module: nn.Module, _args: object, output: object) -> None:
             if name not in seen:
-                values = [x.double() for x in _tensors(output)]
-                seen[name] = [(x.mean().item(), x.abs().mean().item()) for x in values]
+                values = [x.double().flatten() for x in _tensors(output)]
+                weights = [torch.arange(len(x), device=x.device).double().sin_() for x in values]
+                seen[name] = [((x * w).mean().item(), x.abs().mean().item()) for x, w in zip(values, weights, strict=True)]
 
         return note
 
@@ -194,6 +198,7 @@ def _fault(model: nn.Module, whole: Digests, chain: Digests) -> str:
                 return name
         else:
             module = model.get_submodule(name)
-            if module._forward_hooks or module._forward_pre_hooks or not any(True for _ in module.children()):
+            leaf = not isinstance(module, nn.Identity) and not any(True for _ in module.children())
+            if module._forward_hooks or module._forward_pre_hooks or leaf:
                 return name
     return ""

@@ -132,8 +132,13 @@ def _folds(module: nn.Module) -> bool:
 def _fold(module: nn.Module) -> Iterator[str]:
     """Store a module's computed weights as they are used; the names of those that had a pruning mask."""
     if parametrize.is_parametrized(module):
-        for name in list(module.parametrizations):
-            parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+        # Not by remove_parametrizations: it changes the class, which a copy shares with the model given.
+        values = {name: getattr(module, name).detach().clone() for name in module.parametrizations}
+        cls = parametrize.type_before_parametrizations(module)
+        del module._modules["parametrizations"]
+        module.__class__ = cls
+        for name, value in values.items():
+            module.register_parameter(name, nn.Parameter(value))
     for hook in list(module._forward_pre_hooks.values()):
         if isinstance(hook, prune.BasePruningMethod):
             yield hook._tensor_name

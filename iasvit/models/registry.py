@@ -17,6 +17,7 @@ from iasvit.plugins import load
 from iasvit.spec import QuantSpec
 
 GROUP = "iasvit.models"
+INCOMPLETE = "incomplete"  # a key of descriptions that miss something of their model: what is known of it
 
 
 def _entries() -> list[EntryPoint]:
@@ -150,8 +151,10 @@ def build(description: dict[str, Any]) -> nn.Module:
     """A model of random weights from what `describe` returned, in eval mode.
 
     Raises:
-        IasvitError: the description names no adapter that exists here.
+        IasvitError: the description names no adapter that exists here, or says itself that it is incomplete.
     """
+    if INCOMPLETE in description:
+        raise IasvitError(f"no model can be built by its description: {description[INCOMPLETE]}")
     arguments = dict(description)
     name = arguments.pop("adapter", None)
     for entry in _entries():
