@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, is_dataclass
 from typing import Any
 
@@ -75,7 +77,7 @@ def quantize(
     training = {module: module.training for module in given.modules()}
     given.eval()
     try:
-        with torch.inference_mode(False), torch.enable_grad():  # the caller's mode may be no_grad; methods learn
+        with _usual_modes(next(given.parameters()).device):
             model = plain(given)
             description, data = describe(model), adapter_for(model).data(model)
             image, calibration = _checked(model, calibration, spec)
@@ -91,6 +93,19 @@ def quantize(
     known: dict[str, Any] = asdict(method) if is_dataclass(method) else {}
     label(quantized, Quantization(getattr(method, "variant", method.name), str(spec), known, description, data))
     return quantized
+
+
+@contextmanager
+def _usual_modes(device: torch.device) -> Iterator[None]:
+    """torch's own modes and defaults, whatever the caller's are: gradients, as methods learn, and float32 on the CPU."""
+    dtype = torch.get_default_dtype()
+    default = nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False), default:
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
 
 
 def _checked(model: nn.Module, calibration: Calibration, spec: QuantSpec) -> tuple[Tensor, Calibration]:

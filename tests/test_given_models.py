@@ -89,7 +89,7 @@ def of_class(cls: type[nn.Module]) -> nn.Module:
 def test_a_forward_of_its_own_is_refused_with_the_module_at_fault(images: Tensor) -> None:
     text = refusal(lambda: quantize(of_class(OwnForward), images))
     assert "OwnForward given computes something else than the chain of its segments" in text
-    assert "from module 'patch_embed.proj' on, because of the forward of OwnForward" in text
+    assert "from module 'patch_embed.proj' on, because of the code of OwnForward, a hook or a changed part" in text
     assert "from module 'blocks.0.norm1' on" in refusal(lambda: quantize(of_class(OwnPositions), images))
     assert "Dictionary given puts out a dict, not a tensor" in refusal(lambda: quantize(of_class(Dictionary), images))
 
@@ -406,6 +406,41 @@ def test_wrappers_and_modes_do_not_matter(
     assert type(quantized) is VisionTransformer
     assert same(quantized, expected)
     assert not any(module.training for module in quantized.modules())
+
+
+@pytest.mark.parametrize("surroundings", ["autocast", "default dtype", "default device"])
+def test_the_callers_defaults_do_not_matter(vit: nn.Module, images: Tensor, surroundings: str) -> None:
+    expected = quantize(vit, images, "ias_vit")
+    try:
+        with torch.autocast("cpu", torch.bfloat16, enabled=surroundings == "autocast"):
+            if surroundings == "default dtype":
+                torch.set_default_dtype(torch.float64)
+            if surroundings == "default device":
+                torch.set_default_device("meta")
+            quantized = quantize(vit, images, "ias_vit")
+            assert torch.is_autocast_enabled("cpu") == (surroundings == "autocast")
+            assert (torch.get_default_dtype() == torch.float64) == (surroundings == "default dtype")
+            assert (torch.get_default_device().type == "meta") == (surroundings == "default device")
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    assert same(quantized, expected)
+
+
+@pytest.mark.parametrize("family", ["vit", "swin"])
+def test_checkpointing_does_not_matter(family: str, images: Tensor) -> None:
+    expected = quantize(tiny_models.MODELS[family](), images, "repq_vit")
+    model = tiny_models.MODELS[family]()
+    model.set_grad_checkpointing(True)
+    assert same(quantize(model, images, "repq_vit"), expected)
+
+
+def test_channels_last_in_memory_does_not_matter(swin: nn.Module, images: Tensor, tmp_path: Path) -> None:
+    expected = quantize(swin, images)
+    quantized = quantize(swin.to(memory_format=torch.channels_last), images.to(memory_format=torch.channels_last))
+    torch.testing.assert_close(quantized(images), expected(images), atol=1e-3, rtol=1e-3)
+    iasvit.save(quantized, tmp_path / "model")
+    assert torch.equal(iasvit.load(tmp_path / "model")(images), quantized(images))
 
 
 @pytest.mark.parametrize("method", ["repq_vit", "ptq4vit"])
