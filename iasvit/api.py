@@ -97,7 +97,7 @@ def quantize(
 
 @contextmanager
 def _usual_modes(device: torch.device) -> Iterator[None]:
-    """torch's own modes and defaults, whatever the caller's are: gradients, as methods learn, and float32 on the CPU."""
+    """torch's own modes and defaults, whatever the caller's are: gradients, as methods learn; float32; the CPU."""
     dtype = torch.get_default_dtype()
     default = nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
     torch.set_default_dtype(torch.float32)

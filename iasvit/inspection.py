@@ -71,11 +71,11 @@ def layer_errors(model: nn.Module, quantized: nn.Module, images: Tensor) -> list
         seen, output = observe(network, lambda: segment.run(inputs))
         return seen | {segment.name: output}
 
-    for plain, mine in zip(segments(model), segments(quantized), strict=True):
-        target = outputs(model, plain, x)
+    for full, mine in zip(segments(model), segments(quantized), strict=True):
+        target = outputs(model, full, x)
         own, streamed = outputs(quantized, mine, x), outputs(quantized, mine, x_q)
         for name, y in target.items():
-            block = name == plain.name and name not in layers  # the head is a link and a layer
+            block = name == full.name and name not in layers  # the head is a link and a layer
             kind = "block" if block else ".".join(name.split(".")[-2:])
             rows.append(
                 {
@@ -85,7 +85,7 @@ def layer_errors(model: nn.Module, quantized: nn.Module, images: Tensor) -> list
                     "streamed": relative_error(streamed[name], y),
                 }
             )
-        x, x_q = target[plain.name], streamed[mine.name]
+        x, x_q = target[full.name], streamed[mine.name]
     return rows
 
 

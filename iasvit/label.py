@@ -59,8 +59,8 @@ def _read(
         theirs, own = ({key: c.get(key) for key in ("kind", "n_bits")} for c in (config, quantizer.config()))
         if theirs != own:
             raise IasvitError(
-                f"the state given has at {name!r} a quantizer {theirs['kind']!r} of {theirs['n_bits']} bits, but the model "
-                f"by {mine} has {own['kind']!r} of {own['n_bits']}; load it into a model that was made alike"
+                f"the state given has at {name!r} a quantizer {theirs['kind']!r} of {theirs['n_bits']} bits, but the "
+                f"model by {mine} has {own['kind']!r} of {own['n_bits']}; load it into a model that was made alike"
             )
     if made is not None:
         model.quantization = replace(quantization, options=made["options"])

@@ -105,9 +105,7 @@ def normalised(x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("method", iasvit.list_methods())
-def test_a_model_that_normalises_its_input_in_a_hook(
-    vit: nn.Module, images: Tensor, method: str
-) -> None:
+def test_a_model_that_normalises_its_input_in_a_hook(vit: nn.Module, images: Tensor, method: str) -> None:
     kwargs = method == "rtn"  # both kinds of hooks, and every method once
     expected = quantize(vit, normalised(images), method)
     if kwargs:
@@ -201,8 +199,14 @@ def test_a_model_that_lacks_a_part_is_refused(family: str, path: str, images: Te
         (lambda m: setattr(m, "blocks", nn.Sequential()), "expected at least one block"),
         (lambda m: m.blocks.__setitem__(1, nn.Identity()), "module 'blocks.1' is a Identity"),
         (lambda m: setattr(m.blocks[1].mlp, "fc1", nn.Linear(32, 7)), "mat1 and mat2 shapes cannot be multiplied"),
-        (lambda m: setattr(m, "head", nn.Sequential(nn.Dropout(), nn.Linear(32, 5))), "'head.1' (Linear) is in no place"),
-        (lambda m: setattr(m.blocks[0].attn, "qkv", Adapted(32, 96)), "'blocks.0.attn.qkv' is a test_given_models.Linear;"),
+        (
+            lambda m: setattr(m, "head", nn.Sequential(nn.Dropout(), nn.Linear(32, 5))),
+            "'head.1' (Linear) is in no place",
+        ),
+        (
+            lambda m: setattr(m.blocks[0].attn, "qkv", Adapted(32, 96)),
+            "'blocks.0.attn.qkv' is a test_given_models.Linear;",
+        ),
     ],
 )
 def test_a_part_that_does_not_fit_is_refused(

@@ -201,9 +201,7 @@ class Inserter:
         module = getattr(parent, attribute)
         kinds = {nn.Linear: QuantLinear, nn.Conv2d: QuantConv2d}
         if type(module) not in kinds:
-            raise IasvitError(
-                f"module {name!r} is a {class_name(module)}; a plain Linear or Conv2d can be quantized"
-            )
+            raise IasvitError(f"module {name!r} is a {class_name(module)}; a plain Linear or Conv2d can be quantized")
         weight_quantizer = self.weight(Site(name, "weight", w_bits, module, groups))
         input_quantizer = None if role is None else self.activation(Site(name, role, a_bits, module))
         setattr(parent, attribute, kinds[type(module)].from_float(module, weight_quantizer, input_quantizer))

@@ -123,7 +123,9 @@ def _close(found: tuple[Tensor, ...], expected: tuple[Tensor, ...], tolerance: f
     return all((x - y).abs().max() <= tolerance * y.abs().max() for x, y in pairs)
 
 
-def _compare(adapter: Adapter, model: nn.Module, chained: nn.Module, image: Tensor, expected: tuple[Tensor, ...]) -> None:
+def _compare(
+    adapter: Adapter, model: nn.Module, chained: nn.Module, image: Tensor, expected: tuple[Tensor, ...]
+) -> None:
     """Raise IasvitError where the segments of `chained`, the model or a copy, compute something else."""
     try:
         found = adapter.run_chain(chained, image)
@@ -162,13 +164,12 @@ def _digests(model: nn.Module, run: Callable[[], object]) -> Digests:
 
     def watch(name: str) -> Callable[..., None]:
         def note(_module: nn.Module, _args: object, output: object) -> None:
-            if name not in seen:
-                values = [x.double().flatten() for x in _tensors(output)]
-                weights = [torch.arange(len(x), device=x.device).double().sin_() for x in values]
-                seen[name] = [
-                    (len(x), (x * w).mean().item(), x.abs().mean().item())
-                    for x, w in zip(values, weights, strict=True)
-                ]
+            values = [x.double().flatten() for x in _tensors(output)]
+            weights = [torch.arange(len(x), device=x.device).double().sin_() for x in values]
+            seen.pop(name, None)  # of several calls the last counts: of a detector's heads that for the fixed region
+            seen[name] = [
+                (len(x), (x * w).mean().item(), x.abs().mean().item()) for x, w in zip(values, weights, strict=True)
+            ]
 
         return note
 

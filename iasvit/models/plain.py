@@ -41,7 +41,9 @@ def unwrap(model: nn.Module) -> nn.Module:
         else:
             return model
         if model._forward_hooks or model._forward_pre_hooks:
-            raise IasvitError(f"the {type(model).__name__} around the model given has hooks; put them on the model itself")
+            raise IasvitError(
+                f"the {type(model).__name__} around the model given has hooks; put them on the model itself"
+            )
         model = inner
 
 
@@ -79,7 +81,7 @@ def copy_of(model: nn.Module) -> nn.Module:
         return copy.deepcopy(model, memo)
     except Exception as error:
         raise IasvitError(
-            f"the {type(model).__name__} given cannot be copied ({reason(error)}); remove the attribute or hook at fault"
+            f"the {type(model).__name__} given cannot be copied ({reason(error)}); remove what is at fault"
         ) from error
 
 

@@ -98,7 +98,9 @@ class Quantizer(nn.Module):
         """Move to a device, or another dtype: half precision is refused, for codes of it would be others."""
         dtype = fn(torch.empty(0, dtype=torch.float32, device="cpu")).dtype
         if dtype.itemsize < 4:
-            raise IasvitError(f"a quantized model stays in float32, but {dtype} is asked for; use torch.autocast instead")
+            raise IasvitError(
+                f"a quantized model stays in float32, but {dtype} is asked for; use torch.autocast instead"
+            )
         return super()._apply(fn, recurse)
 
     # What a subclass writes. Codes are floats holding integers here: no gradient, no dtype changes in a hot path.
