@@ -73,13 +73,14 @@ def quantize(
     given = model = unwrap(model)
     if hasattr(model, "quantization"):
         raise IasvitError("the model given is quantized already; give the full-precision one")
+    adapter = adapter_for(model)
     check_parameters(model)
     training = {module: module.training for module in given.modules()}
     given.eval()
     try:
         with _usual_modes(next(given.parameters()).device):
             model = plain(given)
-            description, data = describe(model), adapter_for(model).data(model)
+            description, data = describe(model), adapter.data(model)
             image, calibration = _checked(model, calibration, spec)
             why = why_not_saved(model, image)
             if why is not None:

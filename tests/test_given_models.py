@@ -496,6 +496,7 @@ def packed_head(model: nn.Module) -> nn.Module:
         (lazy_head, "'head.weight' of the model given has no shape yet"),
         (lambda m: "model.pth", "the model given is a str; give a torch.nn.Module"),
         (lambda m: m.state_dict(), "the model given is a OrderedDict; give a torch.nn.Module"),
+        (lambda m: nn.Sequential(nn.Identity()), "model Sequential has no supported attention"),
         (lambda m: nn.Sequential(nn.Identity(), m), "model Sequential has no supported attention"),
     ],
 )

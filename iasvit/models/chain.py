@@ -53,7 +53,7 @@ def _before(model: nn.Module, run: Callable[[Any], Any]) -> Callable[[Any], Any]
     def hooked(x: Any) -> Any:
         output = run(x)
         for key, hook in model._forward_hooks.items():
-            arguments = ((), {}) if key in model._forward_hooks_with_kwargs else ((),)
+            arguments: tuple[Any, ...] = ((), {}) if key in model._forward_hooks_with_kwargs else ((),)
             result = hook(model, *arguments, output)
             output = output if result is None else result
         return output

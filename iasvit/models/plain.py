@@ -63,8 +63,6 @@ def check_parameters(model: nn.Module) -> None:
             raise IasvitError(
                 f"the model given has {first[0]!r} on {first[1]} and {name!r} on {tensor.device}; put it on one device"
             )
-    if first is None:
-        return  # no adapter knows such a model, and it says so
     dtypes = {parameter.dtype for parameter in model.parameters()} - {torch.float32}
     if dtypes:
         raise IasvitError(f"the model given has {dtypes.pop()} parameters; give it in float32, as model.float() is")
