@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from baselines_tiny import FAMILIES, METHODS, tiny_images, tiny_model
+from tiny_models import same_bits
 from torch import Tensor, nn
 
 import iasvit
@@ -37,8 +38,7 @@ def quantize(model: nn.Module, images: Tensor, name: str, spec: str = "W4A4", **
 
 
 def equal(one: nn.Module, other: nn.Module) -> bool:
-    a, b = one.state_dict(), other.state_dict()
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+    return same_bits(one.state_dict(), other.state_dict())
 
 
 @every_family
