@@ -50,7 +50,8 @@ def test_a_cell_becomes_a_row_with_its_cost_and_origin(store: ResultStore) -> No
     expected = {"task": "fake", "dataset": "mini", "split_size": 20, "model": "vit_s", "method": "noise"}
     expected |= {"spec": "W4A8", "w_bits": 4, "a_bits": 8, "seed": 1, "calib_size": 8, "options": "iterations=2"}
     expected |= {"iterations": 2, "status": "ok", "reason": "", "fp_top1": 80.0, "model_file": ""}
-    expected |= {"torch": torch.__version__.split("+")[0], "schema_version": 2, "data_fingerprint": "d1"}
+    expected |= {"torch": torch.__version__.split("+")[0], "schema_version": 3, "data_fingerprint": "d1"}
+    expected |= {"calib_used": 8}
     expected |= {"config_fingerprint": "", "method_version": 1, "task_version": 1}
     expected |= {"data_kind": "embedded", "data_description": "drawn images"}
     got = {name: row[name].split("+")[0] if name == "torch" else row[name] for name in expected}
