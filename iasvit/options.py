@@ -127,10 +127,14 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str) and value.isprintable() and ";" not in value
 
 
+def _is_bool(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
 _FITS: dict[Any, Callable[[Any], bool]] = {
     int: _is_int,
     float: _is_float,
-    bool: lambda value: isinstance(value, bool),
+    bool: _is_bool,
     str: _is_text,
 }
 _NAMES: dict[Any, str] = {

@@ -25,19 +25,8 @@ SCHEMA = 3
 # A row's columns are IDENTITY, the task's metrics, fp_<metric> of its primary metrics, COST, PROVENANCE.
 IDENTITY = (
     *("schema_version", "task", "dataset", "split_size", "data_fingerprint", "config_fingerprint", "model", "weights"),
-    *(
-        "method",
-        "w_bits",
-        "a_bits",
-        "spec",
-        "seed",
-        "calib_size",
-        "calib_used",
-        "options",
-        "method_version",
-        "task_version",
-    ),
-    *("data_kind", "data_description"),
+    *("method", "w_bits", "a_bits", "spec", "seed", "calib_size", "calib_used", "options"),
+    *("method_version", "task_version", "data_kind", "data_description"),
 )
 COST = (
     *("iterations", "calibration_seconds", "reconstruction_seconds", "quantization_seconds", "evaluation_seconds"),
@@ -87,7 +76,7 @@ class Key(NamedTuple):
 
     def stored(self) -> Key:
         """The key as a row holds it, the same text after writing and reading."""
-        return self._make(_plain(value) if isinstance(value, str) else value for value in self)
+        return Key(*(_plain(value) if isinstance(value, str) else value for value in self))
 
     def unknown(self) -> Key:
         """The key of the same cell on unknown data."""
