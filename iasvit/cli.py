@@ -41,7 +41,7 @@ def main(app: typer.Typer | None = None) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a path need not be UTF-8
-    _handle_signals()
+    before = _handle_signals()
     try:
         (app or _app)()
     except IasvitError as error:
@@ -59,11 +59,18 @@ def main(app: typer.Typer | None = None) -> NoReturn:
         if status.code == TERMINATED:
             _exit("terminated; the same command again goes on where this one stopped", TERMINATED)
         raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     sys.exit(0)
 
 
-def _handle_signals() -> None:
-    """Let SIGINT and SIGTERM, unless somebody handles or ignores them, unwind the stack, so that all is cleaned up."""
+def _handle_signals() -> dict[int, Any]:
+    """Let SIGINT and SIGTERM, unless somebody handles or ignores them, unwind the stack, so that all is cleaned up.
+
+    Returns:
+        Signal → the handler that it had.
+    """
     process = os.getpid()
 
     def terminate(number: int, frame: Any) -> None:
@@ -72,10 +79,10 @@ def _handle_signals() -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # cleaning up is not broken off
         sys.exit(TERMINATED)
 
-    if threading.current_thread() is threading.main_thread():  # which alone gets signals
-        for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, terminate)):
-            if is_default(number):
-                signal.signal(number, handler)
+    if threading.current_thread() is not threading.main_thread():  # which alone gets signals
+        return {}
+    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: terminate}
+    return {number: signal.signal(number, handler) for number, handler in handlers.items() if is_default(number)}
 
 
 def _interrupted() -> NoReturn:

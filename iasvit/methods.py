@@ -149,8 +149,8 @@ def get_method(name: str, **options: Any) -> Method:
     for option in (*left_out, *named):
         if option in options or (option in left_out and option in named):
             raise IasvitError(f"option {option!r} is given twice, one of them by method {name!r}; give it once")
-    cls, values = load_method_class(base), {**options, **left_out, **named}
-    check_options(cls, values, f"method {base!r}")
+    cls = load_method_class(base)
+    values = check_options(cls, {**options, **left_out, **named}, f"method {base!r}")
     try:
         method: Any = cls(**values)
     except (TypeError, ValueError) as error:

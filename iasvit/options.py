@@ -53,7 +53,7 @@ class OneOf:
     values: Iterable[Any]
 
 
-def check_options(cls: type, options: Mapping[str, Any], of: str) -> None:
+def check_options(cls: type, options: Mapping[str, Any], of: str) -> dict[str, Any]:
     """Compare options with the types and ranges that the fields of a dataclass declare.
 
     A field of which the annotation cannot be resolved, or is none of int, float, bool, str, Literal, None and unions
@@ -64,13 +64,18 @@ def check_options(cls: type, options: Mapping[str, Any], of: str) -> None:
         options: values by name; all are fields.
         of: whose options they are, for the message: "method 'ias_vit'".
 
+    Returns:
+        The options; a whole number given for a float is one, so that the same setting is written in one way.
+
     Raises:
         IasvitError: a value is of another type, not finite or out of its range.
     """
     hints = _hints(cls)
+    checked = dict(options)
     for name, value in options.items():
-        if name in hints:
-            _check(hints[name], value, f"{of}: {name}")
+        if name in hints and _check(hints[name], value, f"{of}: {name}") == (float,):
+            checked[name] = float(value)
+    return checked
 
 
 def check_fields(method: Any) -> None:
@@ -90,23 +95,25 @@ def _hints(cls: type) -> dict[str, Any]:
         return {}  # annotations of names that only a type checker imports
 
 
-def _check(hint: Any, value: Any, what: str) -> None:
+def _check(hint: Any, value: Any, what: str) -> tuple[Any, ...]:
+    """The types that the value may have, where it is to be compared with them."""
     hint, *rules = typing.get_args(hint) if typing.get_origin(hint) is typing.Annotated else (hint,)
     kinds = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
     if value is None and type(None) in kinds:
-        return
+        return ()
     kinds = tuple(kind for kind in kinds if kind is not type(None))
     rules += [OneOf(typing.get_args(kind)) for kind in kinds if typing.get_origin(kind) is typing.Literal]
     for values in (list(rule.values) for rule in rules if isinstance(rule, OneOf)):
         if not isinstance(value, str | int | float) or value not in values:
             raise IasvitError(f"{what} is {shown(value)}, but there are {', '.join(map(str, values))}")
-        return
+        return ()
     if any(kind not in _FITS for kind in kinds):
-        return
+        return ()
     ranges = [rule for rule in rules if isinstance(rule, Range)]
     if not any(_FITS[kind](value) for kind in kinds) or not all(rule.holds(value) for rule in ranges):
         expected = " ".join([" or ".join(_NAMES[kind] for kind in kinds), *filter(None, map(str, ranges))])
         raise IasvitError(f"{what} is {shown(value)}, but {expected} is expected")
+    return kinds
 
 
 def _is_int(value: Any) -> bool:

@@ -70,6 +70,36 @@ def test_a_row_of_schema_1_is_upgraded_on_reading(store: ResultStore, reports: l
     assert (row["data_kind"], row["data_description"]) == ("real", "real data")
 
 
+def test_a_row_of_schema_2_gets_the_number_of_images_that_its_method_read(
+    store: ResultStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    row = {**make_row(calib_size=256, status="failed"), "schema_version": 2}
+    del row["calib_used"]
+    given = {
+        "minmax": ("", 32),
+        "repq_vit": ("init_size=300", 256),
+        "ptq4vit[init_size=16]": ("", 16),
+        "base_ptq": ("candidates=4;init_size=8", 8),
+        "rtn": ("", 0),
+        "ias_vit": ("autocast=True;init_size=64;lr=4e-05", 256),
+        "fp32": ("", 0),
+        "not_installed": ("", None),
+        "minmax[-none]": ("", None),
+    }
+    sizes = {"fp32": 0}
+    rows = [
+        {**row, "method": method, "options": options, "calib_size": sizes.get(method, 256)}
+        for method, (options, _) in given.items()
+    ]
+    path = write(store, *rows)
+    read, problems = read_rows(path)
+    assert problems == []
+    assert {row["method"]: row["calib_used"] for row in read} == {name: used for name, (_, used) in given.items()}
+    store.append(make_row(seed=9))  # which writes the file anew
+    assert read_rows(path)[0][:-1] == read
+
+
 def test_the_committed_rows_of_schema_1_or_later_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     for path in sorted(REFERENCE.glob("*.csv")):
