@@ -150,8 +150,11 @@ def _leaderboard(
     ] = None,
 ) -> None:
     """Write the tables under results/ from the measured and the published values."""
+    from iasvit.benchmark.results import warn
     from iasvit.leaderboard import write_leaderboard
 
+    if not runs.is_dir():
+        warn(f"{runs} is no folder, so that nothing measured is shown")
     if readme is None and Path("README.md").is_file():
         readme = Path("README.md")
     for path in write_leaderboard(runs, published, out, readme):
