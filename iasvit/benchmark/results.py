@@ -299,7 +299,11 @@ class ResultStore:
 
     def rows(self) -> pd.DataFrame:
         """The rows of all files as a table, the latest of those with equal keys; a value that is missing is NaN."""
-        found = [row for path in sorted(self.folder.glob("*.csv")) for row in self._rows(path)]
+        try:
+            paths = sorted(self.folder.glob("*.csv"))
+        except OSError as error:
+            raise IasvitError(f"{shown(str(self.folder))} cannot be read: {reason(error)}") from error
+        found = [row for path in paths for row in self._rows(path)]
         return pd.DataFrame(latest(found), columns=_columns(*found))
 
     def find(self, key: Key) -> Row | None:
@@ -366,6 +370,8 @@ class ResultStore:
             stat = path.stat()
         except (FileNotFoundError, NotADirectoryError):
             return []
+        except OSError as error:
+            raise IasvitError(f"{shown(str(path))} cannot be read: {reason(error)}") from error
         state = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
         if path not in self._read or self._read[path][0] != state:
             rows, problems = read_rows(path)

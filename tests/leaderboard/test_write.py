@@ -13,7 +13,7 @@ import pytest
 from board_fakes import grids, numbers
 from result_rows import PUBLISHED_HEADER, append_rows, make_row
 
-from iasvit.benchmark.results import ResultStore, Row, read_rows
+from iasvit.benchmark.results import Key, ResultStore, Row, read_rows
 from iasvit.errors import IasvitError
 from iasvit.leaderboard import write_leaderboard
 
@@ -149,6 +149,11 @@ def test_rows_that_could_not_be_stored_are_refused_beforehand(tmp_path: Path, fo
     with pytest.raises(IasvitError, match=said) as error:
         ResultStore(tmp_path / folder).check("fake", "mini")
     assert len(str(error.value)) < 300
+    for read in (lambda store: store.rows().empty, lambda store: not store.has(Key.of(make_row()))):
+        try:  # by a command that is to check the folder later, or by --dry-run
+            assert read(ResultStore(tmp_path / folder))
+        except IasvitError as unreadable:
+            assert said in str(unreadable)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 

@@ -143,7 +143,9 @@ def test_data_models_and_folders_are_checked_before_anything_runs(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def no_rows(task: object, cells: object, results: Path, **options: Any) -> NoReturn:
-        command.ResultStore(results).check("imagenet", "mini")
+        store = command.ResultStore(results)
+        store.rows()
+        store.check("imagenet", "mini")
         raise Reached
 
     monkeypatch.setattr(command, "run", no_rows)
