@@ -75,7 +75,7 @@ def _with_own_names(documents: list[Document]) -> list[Document]:
     """The documents; those whose names would be the same for all that a file name leaves out get a digest each."""
     counts = Counter(document.name for document in documents)
     return [
-        replace(document, name=f"{document.name}-{digest(document.kind, *document.identity)[:8]}")
+        replace(document, name=f"{document.name}-{digest(document.kind, *(document.identity or ()))[:8]}")
         if counts[document.name] > 1
         else document
         for document in documents
