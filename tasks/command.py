@@ -151,7 +151,7 @@ def make_cells(
             for method in methods:
                 options = {k: v for k, v in {**profile.options(spec), **given}.items() if k in takes[method]}
                 made = get_method(method, **options)  # says what is wrong with a value before anything runs
-                options = {option: getattr(made, option) for option in options}
+                options = {option: getattr(made, option, value) for option, value in options.items()}
                 for seed in seeds:
                     cells.append(Cell(name, method, str(spec), seed, calib_size, tuple(sorted(options.items()))))
     return cells
@@ -227,7 +227,7 @@ def make_device(name: str | None) -> torch.device:
         torch.ones(1, device=device).item()  # "meta" is a device without values
     except (RuntimeError, AssertionError, NotImplementedError, UnicodeError) as error:
         why = reason(error).partition(".")[0]
-        raise IasvitError(f"--device {shown(name)} cannot be used here ({why}); cpu can") from None
+        raise IasvitError(f"--device {shown(name)[1:-1]} cannot be used here ({why}); cpu can") from None
     return device
 
 

@@ -18,6 +18,7 @@ from iasvit.errors import IasvitError
 from iasvit.methods import Method
 from iasvit.nn import quantizers_of
 from iasvit.progress import Progress
+from iasvit.sos import IASViT
 
 every_method = pytest.mark.parametrize("name", METHODS)
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -138,7 +139,7 @@ def test_only_the_first_images_are_used(name: str) -> None:
 
 def test_how_many_images_a_method_reads_is_what_it_says() -> None:
     assert methods.images_used(methods.get_method("rtn"), 256) == 0
-    assert methods.images_used(methods.get_method("ias_vit"), 256) == 256
+    assert methods.images_used(IASViT(), 256) == 256
 
 
 @pytest.mark.parametrize("name", sorted(METHODS.keys() - {"rtn"}))
