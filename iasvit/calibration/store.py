@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch.nn import functional as F
 from iasvit.errors import IasvitError
 from iasvit.methods import Calibration
 from iasvit.models import Activation
+from iasvit.scratch import Scratch
 
 BUDGET_VARIABLE = "IASVIT_STORE_MIB"
 
@@ -79,7 +79,7 @@ class ActivationStore:
         self._batches: list[Tensor | _FileBatch] = []
         self._locations: list[tuple[int, int]] = []  # image → (batch, row)
         self._held = 0
-        self._spill: tempfile.TemporaryDirectory[str] | None = None
+        self._spill: Scratch | None = None
 
     def __len__(self) -> int:
         return len(self._locations)
@@ -97,8 +97,8 @@ class ActivationStore:
 
     def _spilled(self, batch: Tensor) -> _FileBatch:
         if self._spill is None:
-            self._spill = tempfile.TemporaryDirectory(prefix="iasvit-", dir=self.folder)
-        return _FileBatch(Path(self._spill.name) / f"{len(self._batches)}.bin", batch)
+            self._spill = Scratch("activations-", self.folder)
+        return _FileBatch(self._spill.path / f"{len(self._batches)}.bin", batch)
 
     @property
     def held(self) -> int:
