@@ -35,7 +35,7 @@ from tasks.studies.training.backbone_data import Batches, load_split, permutatio
 from tasks.studies.training.backbone_step import Stepper
 from tasks.studies.training.recipes import BACKBONE_RECIPES, BackboneRecipe
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("tasks.studies.train")  # __name__ is "__main__" where this is the command
 VAL_IMAGES = 5000
 LOG_NAME = "training.csv"
 

@@ -33,7 +33,7 @@ from tasks.studies.training import common
 from tasks.studies.training.detector_trainer import Run, Trainer, read_state
 from tasks.studies.training.recipes import Recipe
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("tasks.studies.train_detectors")  # __name__ is "__main__" where this is the command
 LOG_NAME = "detectors.csv"
 INTERRUPTED_MESSAGE = "interrupted; the same command again goes on where this one stopped"
 
