@@ -53,7 +53,7 @@ class CocoTask(Task):
 
     name = "coco"
     metrics = tuple(
-        Metric(f"{kind}_mAP{part}", primary=not part)
+        Metric(f"{kind}_mAP{part}", primary=not part, minimum=0, maximum=100)
         for part in ("", "_50", "_75", "_s", "_m", "_l")
         for kind in ("bbox", "segm")
     )
