@@ -94,10 +94,12 @@ class Quantizer(nn.Module):
         """What is wrong with the parameters, "" where nothing is: "a scale of -1.0". Files are checked by it.
 
         Those named in `integers` are int32, the others float32; each is finite, a scale above 0, and a scalar but
-        where the quantizer has one for each channel.
+        where the quantizer has one for each channel. One that is not enabled may have none.
         """
         for name in self.parameters_:
             value: Tensor = getattr(self, name)
+            if not self.enabled and not value.numel():  # left in full precision: never calibrated
+                continue
             dtype = torch.int32 if name in self.integers else torch.float32
             if value.dtype != dtype:
                 return f"a {name} of {value.dtype}, not {dtype}"
