@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
 
 from iasvit.errors import IasvitError, StorageError, reason
-from iasvit.files import replacing
+from iasvit.files import DamagedError, read_tensors, replacing, write_tensors
 from iasvit.label import label
 from iasvit.methods import list_methods, load_method_class, split_variant
-from iasvit.models import build, insert_quantizers
+from iasvit.models import Site, build, describe, insert_quantizers
 from iasvit.nn import quant_layers
 from iasvit.quantizers import Quantizer
 from iasvit.spec import QuantSpec
 
-FORMAT = 1
+FORMAT = 2  # 1 had no checksums
 CODES = "weight_codes"
 
 
@@ -88,11 +94,11 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
     Args:
         model: what `iasvit.quantize` returned.
-        path: where to write; the file is written beside and renamed.
+        path: where to write; the file is written beside and renamed. Of a link, the file that it points to.
 
     Raises:
         IasvitError: the model is not quantized, or its architecture cannot be rebuilt.
-        StorageError: the folder cannot be written.
+        StorageError: the file cannot be written there.
     """
     quantization = getattr(model, "quantization", None)
     if not isinstance(quantization, Quantization):
@@ -102,9 +108,9 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     header = {"format": FORMAT, **asdict(quantization), "quantizers": configs, "shapes": shapes}
     path = Path(path)
     try:
-        with replacing(path) as beside:
-            save_file(packed_state(model), beside, {"iasvit": json.dumps(header)})
-            _check_saved(model, beside, quantization.architecture)
+        with replacing(path) as temporary:
+            write_tensors(temporary, packed_state(model), {"iasvit": json.dumps(header)})
+            _check_saved(model, temporary, quantization.architecture)
     except (OSError, SafetensorError) as error:
         raise StorageError(f"{path} cannot be written: {reason(error)}") from error
 
@@ -134,52 +140,138 @@ def load(path: str | os.PathLike[str]) -> nn.Module:
     """
     path = Path(path)
     try:
-        with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {})["iasvit"])
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if not isinstance(header, dict) or "format" not in header:
-            raise KeyError("format")
+        state, metadata = read_tensors(path)
+        header = json.loads(metadata["iasvit"], parse_constant=_no_constant)
     except FileNotFoundError as error:
         raise IasvitError(f"{path} does not exist; give a file that iasvit.save wrote") from error
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise IasvitError(f"{path} is no quantized model; give a file that iasvit.save wrote") from error
-    if header["format"] != FORMAT:
-        raise IasvitError(f"{path} has format {header['format']}, but this version of iasvit reads format {FORMAT}")
+    except (SafetensorError, OSError, KeyError, ValueError, RecursionError) as error:
+        why = f" ({reason(error)})" if isinstance(error, DamagedError) else ""
+        raise IasvitError(f"{path} is no quantized model{why}; give a file that iasvit.save wrote") from error
     try:
+        if header["format"] != FORMAT:
+            raise IasvitError(
+                f"{path} has format {header['format']!r}, but this version of iasvit reads format {FORMAT}"
+            )
         return _rebuild(header, state, path)
-    except IasvitError:
-        raise
+    except IasvitError as error:
+        if str(error).startswith(str(path)):
+            raise
+        raise IasvitError(f"{path} cannot be read: {error}") from error
     except Exception as error:  # whatever a header or tensors that were changed lead to
         what = f"{type(error).__name__}: {error}".splitlines()[0]
         raise IasvitError(f"{path} is damaged ({what}); give a file that iasvit.save wrote") from error
 
 
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} in JSON")
+
+
+FIELDS = {"method": str, "spec": str, "options": dict, "architecture": dict, "data": dict, "quantizers": dict}
+ROOM = 2**22  # elements of buffers that a model computes and a file does not hold
+
+
 def _rebuild(header: dict[str, Any], state: dict[str, Tensor], path: Path) -> nn.Module:
+    for name, kind in {**FIELDS, "shapes": dict}.items():
+        if not isinstance(header[name], kind):
+            raise IasvitError(f"{path} is damaged: its {name!r} is {type(header[name]).__name__}, not {kind.__name__}")
     spec = QuantSpec.parse(header["spec"])
-    configs = header["quantizers"]
     classes = _quantizer_classes(header["method"])
+    shapes = {name: torch.Size(shape) for name, shape in header["shapes"].items()}
+    _check_architecture(header["architecture"], state, shapes, path)
     model = insert_quantizers(build(header["architecture"]), spec, _Placeholder.of, _Placeholder.of)
     for name, module in list(model.named_modules()):
         if isinstance(module, _Placeholder):
             parent, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(parent), attribute, _quantizer(classes, configs, name, path))
+            quantizer = _quantizer(classes, header["quantizers"], name, path)
+            if quantizer.n_bits != module.n_bits:
+                raise IasvitError(
+                    f"{path} is damaged: {name!r} has {quantizer.n_bits} bits, but its spec says {module.n_bits}"
+                )
+            setattr(model.get_submodule(parent), attribute, quantizer)
     for name, layer in quant_layers(model):
-        shape = torch.Size(header["shapes"][name])
-        codes = unpack(state.pop(f"{name}.{CODES}"), layer.weight_quantizer.n_bits, shape)
-        state[f"{name}.weight"] = torch.zeros(shape)
-        layer.codes = codes
+        packed, n_bits = state.pop(f"{name}.{CODES}"), layer.weight_quantizer.n_bits
+        if packed.dtype != torch.uint8 or packed.shape != (-(-shapes[name].numel() * n_bits // 8),):
+            raise IasvitError(f"{path} is damaged: {name!r} has no codes of {n_bits} bits for its weight")
+        layer.codes = unpack(packed, n_bits, shapes[name])
+        state[f"{name}.weight"] = torch.zeros(shapes[name])
     extra = {
         f"{name}._extra_state": m.get_extra_state() for name, m in model.named_modules() if isinstance(m, Quantizer)
     }
     missing, unexpected = model.load_state_dict({**state, **extra}, strict=False)
     if missing or unexpected:
         raise IasvitError(f"{path} does not fit its architecture: {', '.join((missing + unexpected)[:4])}")
+    for name, module in model.named_modules():
+        if isinstance(module, Quantizer) and (problem := module.problem()):
+            raise IasvitError(f"{path} is damaged: {name!r} has {problem}")
     for _, layer in quant_layers(model):
         layer.weight.data.copy_(layer.weight_quantizer.decode(layer.codes))
         del layer.codes
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise IasvitError(f"{path} is damaged: {name!r} holds NaN or Inf")
     names = ("method", "spec", "options", "architecture", "data")
     label(model, Quantization(**{name: header[name] for name in names}))
     return model.requires_grad_(False).eval()
+
+
+def _check_architecture(
+    architecture: dict[str, Any], state: dict[str, Tensor], shapes: dict[str, torch.Size], path: Path
+) -> None:
+    """Build the architecture without memory, and compare its shapes with the file's.
+
+    A few letters in a header can ask for a model of any size: more parts than the file has tensors for end it at once.
+    """
+    held = sum(shape.numel() for shape in shapes.values()) + sum(tensor.numel() for tensor in state.values())
+    if (largest := _largest(architecture)) > held + ROOM:
+        raise IasvitError(f"{path} does not fit its architecture, which has a size of {largest:,}")
+    with torch.device("meta"), _at_most(2 * len(state) + 100):
+        model = build(architecture)
+    if unknown := sorted(set(architecture) - set(describe(model))):
+        raise IasvitError(f"{path} has an architecture with {unknown[0]!r}, which save does not describe")
+    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    elements = sum(tensor.numel() for tensor in [*model.parameters(), *model.buffers()])
+    if elements > held + ROOM:
+        raise IasvitError(f"{path} does not fit its architecture, which has {elements:,} values; the file has {held:,}")
+    found = {name: tensor.shape for name, tensor in state.items()} | {f"{n}.weight": s for n, s in shapes.items()}
+    for name, shape in expected.items():
+        if name in found and found[name] != shape:
+            raise IasvitError(
+                f"{path} does not fit its architecture: {name} has shape {tuple(found[name])} for {tuple(shape)}"
+            )
+    if missing := [name for name in expected if name not in found]:
+        raise IasvitError(f"{path} does not fit its architecture: {', '.join(missing[:4])}")
+
+
+def _largest(value: Any) -> int:
+    """The largest whole number in JSON."""
+    if isinstance(value, (dict, list)):
+        return max(map(_largest, value.values() if isinstance(value, dict) else value), default=0)
+    return value if isinstance(value, int) else 0
+
+
+@contextmanager
+def _at_most(count: int) -> Iterator[None]:
+    """Let models that are built meanwhile have so many parameters and buffers, and as many modules."""
+    numbers = {"parameters": 0, "modules": 0}
+
+    def counter(kind: str) -> Callable[[nn.Module, str, object], None]:
+        def hook(_module: nn.Module, _name: str, value: object) -> None:
+            numbers[kind] += value is not None
+            if numbers[kind] > 8 * count:
+                raise IasvitError(f"its architecture has more than {8 * count} {kind}, which the file has no tensors for")
+
+        return hook
+
+    handles = [
+        register_module_parameter_registration_hook(counter("parameters")),
+        register_module_buffer_registration_hook(counter("parameters")),
+        register_module_module_registration_hook(counter("modules")),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class _Placeholder(Quantizer):
@@ -189,8 +281,8 @@ class _Placeholder(Quantizer):
     parameters_ = ()
 
     @classmethod
-    def of(cls, _: object) -> _Placeholder:
-        return cls(8)
+    def of(cls, site: Site) -> _Placeholder:
+        return cls(site.n_bits)
 
 
 def _quantizer_classes(method: str) -> dict[str, type[Quantizer]]:

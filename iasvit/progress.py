@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
 import sys
 import time
@@ -13,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 from iasvit.errors import StorageError, reason
-from iasvit.files import replacing
+from iasvit.files import DamagedError, read_tensors, replacing, write_tensors
+
+logger = logging.getLogger(__name__)
 
 
 class CheckpointError(StorageError):
@@ -107,7 +109,7 @@ class Progress:
             self.checkpoint.mkdir(parents=True, exist_ok=True)
             tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in state.items()}
             with replacing(target) as temporary:
-                save_file(tensors, temporary, metadata)
+                write_tensors(temporary, tensors, metadata)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(
                 f"{target} cannot be written: {reason(error)}; free space or run in another folder"
@@ -117,12 +119,12 @@ class Progress:
         """The last record as (step, tensors), or None; the seconds spent before are added to this run's."""
         if self.checkpoint is None or not (self.checkpoint / "checkpoint.safetensors").is_file():
             return None
+        path = self.checkpoint / "checkpoint.safetensors"
         try:
-            with safe_open(self.checkpoint / "checkpoint.safetensors", framework="pt") as file:
-                metadata = file.metadata()
-                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError):
-            return None  # cut off while it was written by a full disk: begin again
+            state, metadata = read_tensors(path)
+        except (SafetensorError, OSError, DamagedError) as error:
+            logger.warning("the checkpoint %s is damaged (%s); the work begins again", path, reason(error))
+            return None
         for name, seconds in json.loads(metadata["seconds"]).items():
             self.seconds[name] = self.seconds.get(name, 0.0) + seconds
         return int(metadata["step"]), state

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import pickle
+import random
 import resource
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +20,6 @@ import tiny_models
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -25,6 +27,7 @@ import iasvit
 from iasvit import artifact
 from iasvit.artifact import pack, packed_bytes, unpack
 from iasvit.errors import IasvitError
+from iasvit.files import read_tensors, write_tensors
 from iasvit.nn import quant_layers
 from iasvit.quantizers import Quantizer
 
@@ -179,12 +182,11 @@ FC1 = "blocks.1.mlp.fc1"
 
 
 def damage(path: Path, change: Callable[[dict, dict], None]) -> None:
-    """Change the header and the tensors of a file."""
-    with safe_open(path, framework="pt") as file:
-        header = json.loads(file.metadata()["iasvit"])
-        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    """Change the header and the tensors of a file, and its checksums with them."""
+    state, metadata = read_tensors(path)
+    header = json.loads(metadata["iasvit"])
     change(header, state)
-    save_file(state, path, {"iasvit": json.dumps(header)})
+    write_tensors(path, state, {"iasvit": json.dumps(header)})
 
 
 def _edit(*keys: str, value: Any) -> Callable[[dict, dict], None]:
@@ -218,7 +220,7 @@ def _put(name: str, tensor: Tensor | None) -> Callable[[dict, dict], None]:
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (_edit("format", value=2), "has format 2, but this version of iasvit reads format 1"),
+        (_edit("format", value=1), "has format 1, but this version of iasvit reads format 2"),
         (_drop("spec"), "spec"),
         (_drop("method"), "method"),
         (_drop("quantizers"), "quantizers"),
@@ -226,16 +228,33 @@ def _put(name: str, tensor: Tensor | None) -> Callable[[dict, dict], None]:
         (_edit("quantizers", f"{FC1}.input_quantizer", "kind", value="os"), "'os'; known are"),
         (_edit("quantizers", f"{FC1}.weight_quantizer", "n_bits", value=7), "damaged"),
         (_drop("architecture"), "architecture"),
-        (_edit("architecture", "embed_dim", value=16), "damaged"),
+        (_edit("architecture", "embed_dim", value=16), "has shape"),
         (_edit("architecture", "depth", value=1), "blocks.1"),
         (_edit("architecture", "depth", value=3), "blocks.2"),
-        (_edit("shapes", FC1, value=[64, 64]), "damaged"),
+        (_edit("shapes", FC1, value=[64, 64]), f"{FC1}.weight has shape (64, 64) for (128, 32)"),
         (_put(f"{FC1}.weight_codes", None), f"{FC1}.weight_codes"),
         (_put(f"{FC1}.weight_codes", torch.zeros(100, dtype=torch.uint8)), "damaged"),
         (_put(f"{FC1}.weight_quantizer.scale", torch.ones(3)), "damaged"),
         (_put(f"{FC1}.bias", None), f"{FC1}.bias"),
-        (_put("norm.weight", torch.ones(5)), "damaged"),
+        (_put("norm.weight", torch.ones(5)), "norm.weight has shape (5,) for (32,)"),
         (_put("something.else", torch.ones(5)), "something.else"),
+        (_edit("architecture", "depth", value=10**5), "more than"),
+        (_edit("architecture", "embed_dim", value=2 * 10**6), "does not fit its architecture"),
+        (_edit("architecture", "img_size", value=[10**5, 10**5]), "does not fit its architecture"),
+        (_edit("architecture", "act", value="set_fused_attn"), "activation 'set_fused_attn' is not supported"),
+        (_edit("architecture", "device", value="cpu"), "'device', which save does not describe"),
+        (_edit("architecture", "no_such", value=1), "damaged"),
+        (_edit("data", value=None), "its 'data' is NoneType, not dict"),
+        (_edit("spec", value=["W4A4"]), "its 'spec' is list, not str"),
+        (_edit("options", value={"lr": math.nan}), "is no quantized model"),
+        (_edit("quantizers", f"{FC1}.input_quantizer", "n_bits", value=3), "has 3 bits, but its spec says 8"),
+        (_put(f"{FC1}.input_quantizer.scale", torch.tensor(0.0)), "has a scale of 0.0"),
+        (_put(f"{FC1}.input_quantizer.scale", torch.tensor(-1.0)), "has a scale of -1.0"),
+        (_put(f"{FC1}.input_quantizer.scale", torch.tensor(math.nan)), "has a scale of nan"),
+        (_put(f"{FC1}.input_quantizer.scale", torch.ones((), dtype=torch.float64)), "has a scale of torch.float64"),
+        (_put(f"{FC1}.input_quantizer.scale", torch.ones(64)), "has a scale of shape (64,)"),
+        (_put(f"{FC1}.input_quantizer.zero_point", torch.tensor(1.5)), "has a zero_point of torch.float32"),
+        (_put("norm.weight", torch.full((32,), math.inf)), "'norm.weight' holds NaN or Inf"),
     ],
 )
 def test_a_damaged_file_is_one_sentence(
@@ -244,6 +263,48 @@ def test_a_damaged_file_is_one_sentence(
     iasvit.save(quantized, path)
     damage(path, change)
     assert ("is damaged" if named == "damaged" else named) in complaint(path)
+
+
+def test_a_header_that_asks_for_much_costs_nothing(quantized: nn.Module, path: Path) -> None:
+    iasvit.save(quantized, path)
+    damage(path, _edit("architecture", "depth", value=10**9))
+    start = time.process_time()
+    complaint(path)
+    assert time.process_time() - start < 5
+
+
+def test_a_deep_header_is_refused(path: Path) -> None:
+    write_tensors(path, {}, {"iasvit": "[" * 100_000})
+    assert "is no quantized model" in complaint(path)
+
+
+def test_a_changed_file_is_never_another_model(quantized: nn.Module, path: Path, images: Tensor) -> None:
+    """Flipped bits, zeroed ranges, cut and lengthened files: the same outputs, or one sentence."""
+    iasvit.save(quantized, path)
+    data, expected = path.read_bytes(), quantized(images[:1])
+    generator = random.Random(0)
+    refused = 0
+    for number in range(150):
+        changed, start = bytearray(data), generator.randrange(len(data))
+        if number % 5 == 4:
+            start = generator.randrange(8 + int.from_bytes(data[:8], "little"))  # in the header
+        if number % 5 in (0, 4):
+            changed[start] ^= 1 << generator.randrange(8)
+        elif number % 5 == 1:
+            changed[start : start + 64] = bytes(len(changed[start : start + 64]))
+        elif number % 5 == 2:
+            del changed[start:]
+        else:
+            changed += bytes(generator.randrange(1, 9))
+        path.write_bytes(changed)
+        try:
+            loaded = iasvit.load(path)
+        except IasvitError as error:
+            refused += 1
+            assert len(str(error).splitlines()) == 1
+        else:
+            assert torch.equal(loaded(images[:1]), expected)
+    assert refused > 130
 
 
 @pytest.mark.parametrize(
@@ -329,3 +390,39 @@ def test_what_is_not_quantized_is_not_saved(vit: nn.Module, path: Path) -> None:
     with pytest.raises(IasvitError, match="VisionTransformer given to save is not quantized; save what quantize"):
         iasvit.save(vit, path)
     assert os.listdir(path.parent) == []
+
+
+def test_the_mode_of_a_file_follows_the_umask(quantized: nn.Module, path: Path) -> None:
+    old = os.umask(0o027)
+    try:
+        iasvit.save(quantized, path)
+    finally:
+        os.umask(old)
+    assert path.stat().st_mode & 0o777 == 0o640
+
+
+def test_the_file_that_a_link_points_to_is_written(quantized: nn.Module, path: Path) -> None:
+    link = path.with_name("link")
+    link.symlink_to(path)
+    iasvit.save(quantized, link)
+    assert link.is_symlink()
+    assert path.is_file()
+
+
+def test_pipes_and_folders_are_not_replaced(quantized: nn.Module, tmp_path: Path) -> None:
+    pipe, folder = tmp_path / "pipe", tmp_path / "folder"
+    os.mkfifo(pipe)
+    folder.mkdir()
+    for target in (pipe, folder, Path("/dev/null")):
+        mode = target.stat().st_mode
+        with pytest.raises(IasvitError, match=f"{target} cannot be written: .* but a file is expected"):
+            iasvit.save(quantized, target)
+        assert target.stat().st_mode == mode
+
+
+@pytest.mark.parametrize("name", ["x" * 300, os.fsdecode(b"caf\xe9.safetensors"), "a\0b"])
+def test_a_path_that_no_file_can_have_is_blamed_and_not_the_model(
+    quantized: nn.Module, tmp_path: Path, name: str
+) -> None:
+    with pytest.raises(IasvitError, match="cannot be written: "):
+        iasvit.save(quantized, tmp_path / name)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import errno
 import os
+import random
 from pathlib import Path
 
 import pytest
+import torch
 
 from iasvit.errors import IasvitError, StorageError, reason
 from iasvit.files import atomic_write, replacing
+from iasvit.progress import Progress
 
 
 def test_a_file_is_replaced_and_nothing_stays_beside(tmp_path: Path) -> None:
@@ -55,3 +58,32 @@ def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
 )
 def test_a_reason_is_one_line(error: Exception, expected: str) -> None:
     assert reason(error) == expected
+
+
+def test_a_changed_checkpoint_is_never_restored_changed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    generator = torch.Generator().manual_seed(0)
+    state = {"weight": torch.randn(40, 5, generator=generator), "codes": torch.arange(9, dtype=torch.uint8)}
+    Progress(checkpoint=tmp_path).save(3, state)
+    path = tmp_path / "checkpoint.safetensors"
+    data, numbers = path.read_bytes(), random.Random(0)
+    refused = 0
+    for number in range(400):
+        changed, start = bytearray(data), numbers.randrange(len(data))
+        if number % 4 == 0:
+            changed[start] ^= 1 << numbers.randrange(8)
+        elif number % 4 == 1:
+            changed[start : start + 16] = bytes(len(changed[start : start + 16]))
+        elif number % 4 == 2:
+            del changed[start:]
+        else:
+            changed[start : start + 4], changed[:4] = changed[:4], changed[start : start + 4]
+        path.write_bytes(changed)
+        caplog.clear()
+        restored = Progress(checkpoint=tmp_path).restore()
+        if restored is None:
+            refused += 1
+            assert f"the checkpoint {path} is damaged (" in caplog.text
+        else:
+            assert restored[0] == 3
+            assert all(torch.equal(restored[1][name], value) for name, value in state.items())
+    assert refused > 380

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from iasvit.errors import IasvitError
 
 CONFIG_KEY = "config"
+LARGEST = 2.0**30  # of a quantizer's parameters
 
 
 class Quantizer(nn.Module):
@@ -22,7 +23,8 @@ class Quantizer(nn.Module):
     `enabled` False, `forward` returns x as it is: full precision. Under torch.compile, which is for learning, a value
     next to a rounding tie may get the other code.
 
-    Subclasses name in `parameters_` the buffers that `calibrate` fills, and in `config` what else rebuilds them.
+    Subclasses name in `parameters_` the buffers that `calibrate` fills, in `integers` those that are int32, and in
+    `config` what else rebuilds them.
 
     Args:
         n_bits: bits of a code, 2 to 8.
@@ -30,6 +32,7 @@ class Quantizer(nn.Module):
 
     kind: ClassVar[str]
     parameters_: ClassVar[tuple[str, ...]]
+    integers: ClassVar[tuple[str, ...]] = ("zero_point", "exponent")
 
     def __init__(self, n_bits: int) -> None:
         super().__init__()
@@ -86,6 +89,26 @@ class Quantizer(nn.Module):
             values = self._fake_quantize(x.detach())
             return values + (x - x.detach()) * self._ste(x.detach(), values)
         return _FakeQuantize.apply(x, self)
+
+    def problem(self) -> str:
+        """What is wrong with the parameters, "" where nothing is: "a scale of -1.0". Files are checked by it.
+
+        Those named in `integers` are int32, the others float32; each is finite, a scale above 0, and a scalar but
+        where the quantizer has one for each channel. One that is not enabled may have none.
+        """
+        for name in self.parameters_:
+            value: Tensor = getattr(self, name)
+            if not self.enabled and not value.numel():  # left in full precision: never calibrated
+                continue
+            dtype = torch.int32 if name in self.integers else torch.float32
+            if value.dtype != dtype:
+                return f"a {name} of {value.dtype}, not {dtype}"
+            if value.ndim > (not self.elementwise) or not value.numel():
+                return f"a {name} of shape {tuple(value.shape)}"
+            least = torch.finfo(torch.float32).tiny if name == "scale" else -LARGEST
+            if len(wrong := value[~((value >= least) & (value <= LARGEST))].reshape(-1)):
+                return f"a {name} of {wrong[0].item()}"
+        return ""
 
     def config(self) -> dict[str, Any]:
         """Arguments that build an equal quantizer, and whether it is enabled; JSON types only."""

@@ -28,6 +28,7 @@ class TwinQuantizer(Quantizer):
     """
 
     parameters_: ClassVar[tuple[str, ...]] = ("scale", "shift")
+    integers: ClassVar[tuple[str, ...]] = ("shift",)
 
     @property
     def half(self) -> int:
