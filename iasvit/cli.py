@@ -130,7 +130,9 @@ def _sweep(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the cells and their estimated cost.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Measure also cells that are stored.")] = False,
-    stale: Annotated[bool, typer.Option("--stale", help="Measure also cells that are stored of another version.")] = False,
+    stale: Annotated[
+        bool, typer.Option("--stale", help="Measure also cells that are stored of another version.")
+    ] = False,
     list_suites: Annotated[bool, typer.Option("--list", help="Print the suites that come with the package.")] = False,
 ) -> None:
     """Run a suite, whole grids of cells, on this machine or on a Ray cluster; what is stored already is skipped."""

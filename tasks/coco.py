@@ -94,7 +94,9 @@ class CocoTask(Task):
     ) -> tuple[CocoTask, list[Cell]]:
         """See `Task`; the parameters are the command's options."""
         if config is not None and (backbone or detector):
-            raise IasvitError("--config names a detector with its backbone; --detector and --backbone do not go with it")
+            raise IasvitError(
+                "--config names a detector with its backbone; --detector and --backbone do not go with it"
+            )
         models = [config.stem] if config is not None else model_names(detector, backbone, data)
         specs = unique([scoped(text, scope) for text in bits])
         given = {"iterations": iterations, "batch_size": batch_size, "lr": lr, "init_size": init_size}

@@ -116,7 +116,8 @@ class Task(ABC):
         """The task and the cells that these options of its command name, all checked; nothing is measured.
 
         A suite of `iasvit sweep` may give each keyword parameter that the task's own `grid` has, by its type hint: a
-        list, text, number, Path or Enum. One of them is `device`, which the sweep gives.
+        list, text, number, Path or Enum. One of them is `device`, which the sweep gives. The task must be the same
+        whichever of the values of a list (backbones, bits, seeds) are given.
 
         Raises:
             IasvitError: the task has none, or an option is wrong.

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import IO
 
 from iasvit.sweep.engine import Engine, Event, Node
 from iasvit.sweep.suite import Needs
@@ -74,7 +75,7 @@ class LocalEngine(Engine):
                 found.append(self._events.get_nowait())
         for event in found:
             if event.outcome is not None:
-                del self._running[event.ticket]
+                self._running.pop(event.ticket, None)
         return found
 
     def close(self) -> None:
@@ -133,7 +134,7 @@ class LocalEngine(Engine):
         fitting = sorted((n for n, left in free.items() if left >= share - 1e-6), key=lambda n: (free[n], n))
         return dict.fromkeys(fitting[:count], share) if len(fitting) >= count else None
 
-    def _follow(self, ticket: int, process: subprocess.Popen[str], work: Work, errors: tempfile._TemporaryFileWrapper) -> None:
+    def _follow(self, ticket: int, process: subprocess.Popen[str], work: Work, errors: IO[str]) -> None:
         """Hand a process its work, wait, and report its outcome."""
         assert process.stdin is not None
         assert process.stdout is not None

@@ -18,11 +18,16 @@ from iasvit.sweep.worker import Work
 
 @dataclass(frozen=True)
 class PlannedGrid:
-    """A grid with its task, on the CPU, and its cells."""
+    """A grid with its task, on the CPU, and its cells as jobs."""
 
     grid: Grid
     task: Task
-    cells: list[Cell]
+    jobs: list[Job]
+
+    @property
+    def cells(self) -> list[Cell]:
+        """The cells alone."""
+        return [job.cell for job in self.jobs]
 
 
 def plan_grids(suite: Suite) -> list[PlannedGrid]:
@@ -43,7 +48,7 @@ def plan_grids(suite: Suite) -> list[PlannedGrid]:
             if job.key in seen:
                 raise IasvitError(f"{grid.where} has the cell {title(job)}, which {seen[job.key]} has; name it once")
             seen[job.key] = grid.where
-        planned.append(PlannedGrid(grid, task, cells))
+        planned.append(PlannedGrid(grid, task, jobs))
     return planned
 
 
@@ -90,12 +95,12 @@ def make_plan(
     environment = {name: value for name, value in os.environ.items() if name.startswith("IASVIT_")}
     keys, todo = [], []
     for part in planned:
-        for index, job in enumerate(make_jobs(part.task, part.cells)):
+        for job in part.jobs:
             keys.append(job.key)
             if stored_row(store, job.key, force=force, stale=stale) is None:
                 reference = stored_row(store, reference_job(job).key, force=force, stale=True)
                 folder = "" if checkpoints is None else str(checkpoints.absolute())
-                todo.append(Work(part.grid, index, job.key, title(job), reference, folder, environment))
+                todo.append(Work(part.grid, job.cell, job.key, title(job), reference, folder, environment))
     return Plan(keys, todo)
 
 

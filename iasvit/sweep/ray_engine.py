@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -96,9 +95,8 @@ class RayEngine(Engine):
         try:
             for each in self._running:
                 self._ray.cancel(each)
-            deadline = time.monotonic() + GRACE
-            while self._running and time.monotonic() < deadline:
-                self.events(deadline - time.monotonic())
+            if ends := [each.completed() for each in self._running]:
+                self._ray.wait(ends, num_returns=len(ends), timeout=GRACE)
             for each in self._running:
                 self._ray.cancel(each, force=True)
         finally:

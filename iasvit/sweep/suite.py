@@ -155,7 +155,6 @@ def arguments(cls: type[Task], table: dict[str, Any], where: str) -> dict[str, A
     Raises:
         IasvitError: a key that the task does not know, one that is missing, or a value of another type.
     """
-    hints = get_type_hints(cls.grid)
     parameters = {
         name: parameter
         for name, parameter in inspect.signature(cls.grid).parameters.items()
@@ -169,6 +168,7 @@ def arguments(cls: type[Task], table: dict[str, Any], where: str) -> dict[str, A
     for name, parameter in parameters.items():
         if parameter.default is parameter.empty and name not in table:
             raise IasvitError(f"{where} lacks the key {name}")
+    hints = get_type_hints(cls.grid)
     return {key: _as(f"{where}: {key}", value, hints[key]) for key, value in table.items()}
 
 

@@ -10,11 +10,14 @@ import threading
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from iasvit.benchmark.results import Key, ResultStore, Row
 from iasvit.errors import IasvitError, reason
 from iasvit.sweep.suite import Grid, Needs, arguments
+
+if TYPE_CHECKING:  # an engine needs no torch
+    from iasvit.benchmark.harness import Cell
 
 GRACE = 5.0  # seconds that a worker has to clean up after an interrupt before it is killed
 _OUT_OF_MEMORY = "OutOfMemoryError"  # torch's, of a GPU
@@ -26,7 +29,7 @@ class Work:
 
     Attributes:
         grid: that it is of.
-        index: of the cell in the grid.
+        cell: of the grid.
         key: that the cell must have with the worker too, or else the worker sees other data or weights.
         title: for messages.
         reference: the stored row of the full-precision model, if there is one.
@@ -35,7 +38,7 @@ class Work:
     """
 
     grid: Grid
-    index: int
+    cell: Cell
     key: Key
     title: str
     reference: Row | None = None
@@ -50,9 +53,16 @@ class Work:
     def from_json(cls, text: str) -> Work:
         """The work that `to_json` wrote."""
         values = json.loads(text)
-        grid = values.pop("grid")
-        grid = Grid(**{**grid, "needs": Needs(**grid["needs"])})
-        return cls(grid, key=Key(*values.pop("key")), **values)
+        from iasvit.benchmark.harness import Cell
+
+        grid, cell = values.pop("grid"), values.pop("cell")
+        options = tuple((name, value) for name, value in cell.pop("options"))
+        return cls(
+            Grid(**{**grid, "needs": Needs(**grid["needs"])}),
+            Cell(**cell, options=options),
+            Key(*values.pop("key")),
+            **values,
+        )
 
 
 @dataclass(frozen=True)
@@ -86,6 +96,9 @@ class _Rows(ResultStore):
         """See `ResultStore`."""
         self.new.append(row)
 
+    def check(self, task: str, dataset: str) -> None:
+        """There is no folder that could be at fault."""
+
 
 def measure(work: Work) -> Outcome:
     """Measure a cell in this process; whatever goes wrong is in the outcome."""
@@ -109,21 +122,25 @@ def _measure(work: Work) -> list[Row]:
     grid = work.grid
     torch.set_num_threads(max(1, int(grid.needs.cpu)))
     cls = load_task_class(grid.task)
-    options = arguments(cls, grid.options, grid.where)
-    task, cells = cls.grid(**options, device="cuda" if grid.needs.gpu else "cpu")
-    cell = cells[work.index]
-    (job,) = make_jobs(task, [cell])
+    # The sweep has checked every backbone at all bits; the task is the same with one of each.
+    whole = ("method", "option")
+    options = {
+        key: value[:1] if isinstance(value, list) and key not in whole else value
+        for key, value in arguments(cls, grid.options, grid.where).items()
+    }
+    task, _ = cls.grid(**options, device="cuda" if grid.needs.gpu else "cpu")
+    (job,) = make_jobs(task, [work.cell])
     for name, here, there in zip(Key._fields, job.key, work.key, strict=True):
         if here != there:
             raise IasvitError(f"the worker has {name} {here!r}, but the sweep has {there!r}; give both the same files")
     store = _Rows(work.reference)
     if work.checkpoints:
-        run_cells(task, [cell], store, checkpoint_root=Path(work.checkpoints), quiet=True)
+        run_cells(task, [work.cell], store, checkpoint_root=Path(work.checkpoints), quiet=True)
     else:
         from tempfile import TemporaryDirectory
 
         with TemporaryDirectory(prefix="iasvit-") as folder:
-            run_cells(task, [cell], store, checkpoint_root=Path(folder), quiet=True)
+            run_cells(task, [work.cell], store, checkpoint_root=Path(folder), quiet=True)
     return store.new
 
 
@@ -131,9 +148,12 @@ def main() -> None:
     """Read a work from standard input, and print its outcome; end when standard input does, for then nobody waits."""
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what tasks and libraries print is no outcome
-    work = Work.from_json(sys.stdin.readline())
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    outcome = measure(work)
+    try:
+        work = Work.from_json(sys.stdin.readline())
+        threading.Thread(target=_end_with_parent, daemon=True).start()
+        outcome = measure(work)
+    except KeyboardInterrupt:  # files and the like are cleaned up by now; helpers may be left
+        os.killpg(0, signal.SIGKILL)
     out.write(json.dumps(asdict(outcome)))
     out.close()
 

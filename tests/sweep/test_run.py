@@ -61,7 +61,9 @@ def test_a_second_start_skips_what_is_done(store: ResultStore) -> None:
     sweep(plan(store).todo[:2], Inline(), store, tell=str)
     again = plan(store)
     assert [work.key.seed for work in again.todo] == [2]
-    assert again.todo[0].reference == store.find(again.todo[0].key._replace(method="fp32", spec="W32A32", seed=0, calib_size=0))
+    assert again.todo[0].reference == store.find(
+        again.todo[0].key._replace(method="fp32", spec="W32A32", seed=0, calib_size=0)
+    )
     sweep(again.todo, Inline(), store, tell=str)
     assert lines(store) == [("fp32", 0, "ok"), *(("noise", seed, "ok") for seed in range(3))]
     assert plan(store).todo == []
@@ -84,15 +86,17 @@ def test_what_is_lost_is_tried_again_and_stored_once(store: ResultStore) -> None
     assert told[-1].endswith("3 done, 0 running, 0 waiting, 0 failed, about 0 s left")
 
 
-def test_what_fails_for_good_is_reported_and_the_rest_goes_on(store: ResultStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    todo = plan(store, "frail").todo  # without IASVIT_TEST_LOG it is a defect
+def test_what_fails_for_good_is_reported_and_the_rest_goes_on(
+    store: ResultStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    todo = plan(store, "frail", seeds="0, 1").todo  # without IASVIT_TEST_LOG it is a defect
     (first, *_) = failures = sweep(todo, Inline(), store, retries=1, tell=str)
-    assert [failure.attempts for failure in failures] == [2, 2, 2]
+    assert [failure.attempts for failure in failures] == [2, 2]
     assert first.title == "swept mini: vit_s frail W3A3 seed 0"
     assert first.reason.startswith("KeyError: 'IASVIT_TEST_LOG'")
-    assert lines(store) == [("fp32", 0, "ok"), *(("frail", seed, "failed") for seed in range(3))]
+    assert lines(store) == [("fp32", 0, "ok"), ("frail", 0, "failed"), ("frail", 1, "failed")]
     monkeypatch.setenv("IASVIT_TEST_LOG", "log")
-    assert len(plan(store, "frail").todo) == 3  # a failed cell is no measured one
+    assert len(plan(store, "frail", seeds="0, 1").todo) == 2  # a failed cell is no measured one
 
 
 @pytest.mark.parametrize(("gpu", "alone"), [(0.25, True), (1, False)])
