@@ -36,7 +36,8 @@ def plan_grids(suite: Suite) -> list[PlannedGrid]:
     Raises:
         IasvitError: a backbone, method, bits or option that does not exist, or data that is not there.
     """
-    planned, seen = [], {}
+    planned: list[PlannedGrid] = []
+    seen: dict[Key, str] = {}  # key → the grid that has it
     for grid in suite.grids:
         cls = load_task_class(grid.task)
         try:
@@ -93,14 +94,17 @@ def make_plan(
         checkpoints: folder for what interrupted cells resume from; None keeps nothing.
     """
     environment = {name: value for name, value in os.environ.items() if name.startswith("IASVIT_")}
+    folder = "" if checkpoints is None else str(checkpoints.absolute())
     keys, todo = [], []
     for part in planned:
         for job in part.jobs:
             keys.append(job.key)
             if stored_row(store, job.key, force=force, stale=stale) is None:
-                reference = stored_row(store, reference_job(job).key, force=force, stale=True)
-                folder = "" if checkpoints is None else str(checkpoints.absolute())
-                todo.append(Work(part.grid, job.cell, job.key, title(job), reference, folder, environment))
+                full = reference_job(job).key
+                reference = stored_row(store, full, force=force, stale=True)
+                row_is_enough = type(part.task).recall is not Task.recall
+                lacks = full if reference is None and row_is_enough else None
+                todo.append(Work(part.grid, job.cell, job.key, title(job), reference, lacks, folder, environment))
     return Plan(keys, todo)
 
 

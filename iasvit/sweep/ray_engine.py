@@ -110,7 +110,8 @@ class RayEngine(Engine):
         except StopIteration:
             value = Outcome(error="the task ended without an outcome")
         except self._ray.exceptions.RayError as error:
-            value = Outcome(error=f"{type(error).__name__}: {_sentence(error)}"[:500])
+            cause = getattr(error, "cause", None) or error  # of what the task itself raised
+            value = Outcome(error=f"{type(cause).__name__}: {_sentence(cause)}"[:500])
         if isinstance(value, str):
             self._running[generator] = ticket, value
             return Event(ticket, value)

@@ -49,8 +49,9 @@ def sweep(
     """Measure cells on an engine; a row is stored, by this process alone, as soon as its cell is done.
 
     A cell that fails, or is lost with its process or machine, is tried again `retries` times; one that shared a GPU and
-    ran out of its memory, once more with a GPU to itself before that counts. Whatever ends the sweep, the engine is
-    closed.
+    ran out of its memory, once more with a GPU to itself before that counts. Where a full-precision row is all that a
+    task needs of that model, the model's first cell brings it, and the others wait for it. Whatever ends the sweep, the
+    engine is closed.
 
     Args:
         todo: what to measure.
@@ -77,7 +78,7 @@ class _Sweep:
     def __init__(
         self, todo: Sequence[Work], engine: Engine, store: ResultStore, retries: int, tell: Callable[[str], None]
     ) -> None:
-        self.todo, self.engine, self.store, self.retries, self.tell = todo, engine, store, retries, tell
+        self.todo, self.engine, self.store, self.retries, self.tell = list(todo), engine, store, retries, tell
         self.command = command()
         self.needs: list[Needs] = [work.grid.needs for work in todo]
         self.attempts = Counter[int]()
@@ -87,10 +88,16 @@ class _Sweep:
         self.stored: set[Key] = set()
         self.seconds: dict[tuple[str, ...], list[float]] = defaultdict(list)
         self.most = 1  # cells that ran at once
+        self.held: dict[Key, list[int]] = {}  # key of a full-precision row → cells that wait for it
 
     def run(self) -> list[Failure]:
         """See `sweep`."""
         for ticket, work in enumerate(self.todo):
+            if work.lacks in self.held:
+                self.held[work.lacks].append(ticket)
+                continue
+            if work.lacks is not None:
+                self.held[work.lacks] = []
             self.engine.submit(ticket, work, self.needs[ticket])
         while self.pending:
             events = self.engine.events(LINE_EVERY)
@@ -110,8 +117,7 @@ class _Sweep:
         seconds = time.monotonic() - self.started.pop(ticket, time.monotonic())
         self.attempts[ticket] += 1
         if not outcome.error:
-            self.keep(outcome.rows)
-            self.pending.discard(ticket)
+            self.over(ticket, outcome)
             for kind in _kinds(work.key):
                 self.seconds[kind].append(seconds)
             self.tell(f"{self.number()} {work.title}: {seconds:.0f} s on {event.where}; {self.state()}")
@@ -124,13 +130,21 @@ class _Sweep:
         elif self.attempts[ticket] <= self.retries and not outcome.out_of_memory:
             what = f"again, attempt {self.attempts[ticket] + 1} of {self.retries + 1}"
         else:
-            self.keep(outcome.rows)
-            self.pending.discard(ticket)
+            self.over(ticket, outcome)
             self.failures.append(Failure(work.title, outcome.error, self.attempts[ticket]))
             self.tell(f"{self.number()} {work.title} failed on {event.where}: {outcome.error}; {self.state()}")
             return
         self.tell(f"{work.title} failed on {event.where}: {outcome.error}; {what}")
         self.engine.submit(ticket, work, self.needs[ticket])
+
+    def over(self, ticket: int, outcome: Outcome) -> None:
+        """Store the rows of a cell that is not tried again, and submit those that waited for one of them."""
+        self.keep(outcome.rows)
+        self.pending.discard(ticket)
+        lacks = self.todo[ticket].lacks
+        for waiting in self.held.pop(lacks, []) if lacks is not None else []:
+            self.todo[waiting] = replace(self.todo[waiting], reference=self.store.find(lacks))
+            self.engine.submit(waiting, self.todo[waiting], self.needs[waiting])
 
     def keep(self, rows: Sequence[Row]) -> None:
         """Store rows; of the full-precision rows that several cells bring, one."""

@@ -33,6 +33,7 @@ class Work:
         key: that the cell must have with the worker too, or else the worker sees other data or weights.
         title: for messages.
         reference: the stored row of the full-precision model, if there is one.
+        lacks: that row's key, where the task needs no more than the row and there is none; else None.
         checkpoints: folder for what an interrupted cell resumes from; "" keeps nothing.
         environment: variables to set.
     """
@@ -42,6 +43,7 @@ class Work:
     key: Key
     title: str
     reference: Row | None = None
+    lacks: Key | None = None
     checkpoints: str = ""
     environment: dict[str, str] = field(default_factory=dict)
 
@@ -55,12 +57,13 @@ class Work:
         values = json.loads(text)
         from iasvit.benchmark.harness import Cell
 
-        grid, cell = values.pop("grid"), values.pop("cell")
+        grid, cell, lacks = (values.pop(name) for name in ("grid", "cell", "lacks"))
         options = tuple((name, value) for name, value in cell.pop("options"))
         return cls(
             Grid(**{**grid, "needs": Needs(**grid["needs"])}),
             Cell(**cell, options=options),
             Key(*values.pop("key")),
+            lacks=None if lacks is None else Key(*lacks),
             **values,
         )
 
@@ -109,8 +112,8 @@ def measure(work: Work) -> Outcome:
         name = "" if isinstance(error, IasvitError) else f"{type(error).__name__}: "
         return Outcome([], f"{name}{reason(error)}"[:500], type(error).__name__ == _OUT_OF_MEMORY)
     last = rows[-1]
-    error = "" if last["status"] == "ok" else last["reason"] or "no reason is given"
-    return Outcome(rows, error, error.startswith(_OUT_OF_MEMORY))
+    why = "" if last["status"] == "ok" else last["reason"] or "no reason is given"
+    return Outcome(rows, why, why.startswith(_OUT_OF_MEMORY))
 
 
 def _measure(work: Work) -> list[Row]:

@@ -124,7 +124,9 @@ def test_workers_end_when_the_sweep_is_killed(tmp_path: Path) -> None:
     """Even by SIGKILL, after which nothing can be cleaned up."""
     worker = "import os, subprocess; from iasvit.sweep import worker\ndef measure(work):\n"
     worker += "    child = subprocess.Popen(['sleep', '600'])\n"
-    worker += f"    print(os.getpid(), child.pid, file=open({str(tmp_path / 'pids')!r}, 'w'), flush=True)\n    child.wait()\n"
+    worker += (
+        f"    print(os.getpid(), child.pid, file=open({str(tmp_path / 'pids')!r}, 'w'), flush=True)\n    child.wait()\n"
+    )
     worker += "worker.Work.from_json = lambda text: text\nworker.measure = measure\nworker.main()"
     driver = "import sys; sys.path.insert(0, sys.argv[1]); import test_local as t; "
     driver += "e = t.LocalEngine(1, 0, [sys.executable, '-c', sys.argv[2]]); e.submit(0, t.work(''), t.Needs())\n"

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import sweep_fakes
-from sweep_fakes import Inline, write_suite
+from sweep_fakes import Inline, Swept, write_suite
+from torch import Tensor
 
 from iasvit.benchmark.harness import run_cells
-from iasvit.benchmark.results import ResultStore, read_rows
+from iasvit.benchmark.results import ResultStore, Row, read_rows
+from iasvit.progress import Progress
 from iasvit.sweep.engine import Event
 from iasvit.sweep.plan import Plan, make_plan, plan_grids
 from iasvit.sweep.run import sweep
@@ -167,3 +169,27 @@ def test_counts_are_said_while_nothing_happens(store: ResultStore) -> None:
     told: list[str] = []
     sweep(plan(store).todo, Slow(lambda work, needs: Outcome([])), store, tell=told.append)
     assert told[0] == "0 done, 1 running, 2 waiting, 0 failed, time left not known yet"
+
+
+def test_a_full_precision_row_that_is_enough_is_measured_once(
+    store: ResultStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def recall(task: Swept, row: Row) -> Tensor:
+        return Swept.predict(task, row["model"], task.load_model(row["model"]), Progress())
+
+    monkeypatch.setattr(Swept, "recall", recall)
+    full: list[bool] = []
+
+    def act(work: Work, needs: Needs) -> Outcome:
+        outcome = measure(Work.from_json(work.to_json()))
+        full.append(len(outcome.rows) == 2)
+        return outcome
+
+    engine = Inline(act)
+    todo = plan(store).todo
+    assert sweep(todo, engine, store, tell=str) == []
+    assert full == [True, False, False]
+    assert lines(store) == [("fp32", 0, "ok"), *(("noise", seed, "ok") for seed in range(3))]
+    assert sweep(plan(store, "frail").todo, Inline(lambda work, needs: LOST), store, retries=0, tell=str)
+    failed = sweep(todo, Inline(lambda work, needs: LOST), store, retries=0, tell=str)
+    assert len(failed) == 3  # those that waited are not forgotten where the first one fails
