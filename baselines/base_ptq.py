@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from iasvit.calibration.search_method import CosineDistance, ScaleSearch
 from iasvit.models import Site
+from iasvit.options import Range
 from iasvit.quantizers import Quantizer, SymmetricQuantizer
 
 
@@ -23,7 +24,7 @@ class BasePTQ(ScaleSearch):
     Options: see `ScaleSearch`.
     """
 
-    low: float = 0.5
+    low: Annotated[float, Range(above=0)] = 0.5
 
     name: ClassVar[str] = "base_ptq"
     metric: ClassVar[type[CosineDistance]] = CosineDistance

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from torch import nn
 
 from iasvit.calibration import calibrate_inputs, calibrate_weights, enabled, first_images
-from iasvit.errors import IasvitError
 from iasvit.methods import Calibration
 from iasvit.models import Site, prepare
 from iasvit.nn import quant_layers, quantizers_of
+from iasvit.options import Range, check_fields
 from iasvit.progress import Progress
 from iasvit.quantizers import Quantizer, UniformQuantizer
 from iasvit.spec import QuantSpec
@@ -31,13 +31,16 @@ class MinMax:
     """
 
     seed: int = 0
-    init_size: int = 32
+    init_size: Annotated[int, Range(1)] = 32
 
     name: ClassVar[str] = "minmax"
 
     def __post_init__(self) -> None:
-        if self.init_size < 1:
-            raise IasvitError(f"init_size is {self.init_size}, but at least one image is needed")
+        check_fields(self)
+
+    def images_used(self, calib_size: int) -> int:
+        """See `iasvit.methods.Method`; the first `init_size`."""
+        return min(self.init_size, calib_size)
 
     def quantize(self, model: nn.Module, calibration: Calibration, spec: QuantSpec, progress: Progress) -> nn.Module:
         """See `iasvit.methods.Method`."""

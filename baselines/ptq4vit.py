@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from torch import nn
 
 from iasvit.calibration.search_method import HessianGuided, ScaleSearch
 from iasvit.models import Site
+from iasvit.options import Range
 from iasvit.quantizers import Quantizer, SymmetricQuantizer, TwinGELUQuantizer, TwinSoftmaxQuantizer
 
 
@@ -26,7 +27,7 @@ class PTQ4ViT(ScaleSearch):
     Options: see `ScaleSearch`.
     """
 
-    rounds: int = 3
+    rounds: Annotated[int, Range(1)] = 3
 
     name: ClassVar[str] = "ptq4vit"
     metric: ClassVar[type[HessianGuided]] = HessianGuided

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import nn
 
 from iasvit.calibration import calibrate_in_stream, calibrate_weights, calibration_store
-from iasvit.errors import IasvitError
 from iasvit.methods import Calibration
 from iasvit.models import Site, find_pairs, prepare
 from iasvit.nn import quant_layers
+from iasvit.options import Range, check_fields
 from iasvit.progress import Progress
 from iasvit.quantizers import WEIGHT_PERCENTILES, Log2Quantizer, Quantizer, UniformQuantizer
 from iasvit.reparam import reparameterize
@@ -37,7 +37,7 @@ class RepQViT:
     """
 
     seed: int = 0
-    init_size: int = 32
+    init_size: Annotated[int, Range(1)] = 32
 
     name: ClassVar[str] = "repq_vit"
     version: ClassVar[int] = 2
@@ -46,8 +46,11 @@ class RepQViT:
     }
 
     def __post_init__(self) -> None:
-        if self.init_size < 1:
-            raise IasvitError(f"init_size is {self.init_size}, but at least one image is needed")
+        check_fields(self)
+
+    def images_used(self, calib_size: int) -> int:
+        """See `iasvit.methods.Method`; the first `init_size`."""
+        return min(self.init_size, calib_size)
 
     @torch.no_grad()
     def quantize(self, model: nn.Module, calibration: Calibration, spec: QuantSpec, progress: Progress) -> nn.Module:

@@ -33,6 +33,10 @@ class RTN:
 
     name: ClassVar[str] = "rtn"
 
+    def images_used(self, calib_size: int) -> int:
+        """See `iasvit.methods.Method`; none."""
+        return 0
+
     def quantize(self, model: nn.Module, calibration: Calibration, spec: QuantSpec, progress: Progress) -> nn.Module:
         """See `iasvit.methods.Method`; the calibration images are not used."""
         quantized = prepare(model, spec, self.weight_quantizer, self.activation_quantizer)

@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, is_dataclass
 from typing import Any
 
 import torch
-from timm.data import resolve_data_config
-from torch import nn
+from torch import Tensor, nn
 
 from iasvit.artifact import Quantization
+from iasvit.calibration import looked_at
 from iasvit.errors import IasvitError
+from iasvit.label import label
 from iasvit.methods import Calibration, Method, get_method
-from iasvit.models import describe
+from iasvit.models import (
+    INCOMPLETE,
+    adapter_for,
+    check_chain,
+    check_parameters,
+    check_size,
+    describe,
+    plain,
+    unwrap,
+    why_not_saved,
+)
 from iasvit.progress import Progress
 from iasvit.spec import QuantSpec
+
+logger = logging.getLogger(__name__)
 
 
 def quantize(
@@ -28,8 +44,12 @@ def quantize(
 ) -> nn.Module:
     """A quantized copy of a model, called as the model is; the model given is left untouched.
 
+    Before any work is done, one image says whether the parts that are quantized compute what the model computes: a
+    model with a forward of its own, or with a hook in the midst of it, is refused unless they do. Hooks of the model as
+    a whole are supported. Shared parameters, pruning masks and parametrizations become ordinary values in the copy.
+
     Args:
-        model: a timm ViT, DeiT or Swin, on any device.
+        model: a timm ViT, DeiT or Swin, on any device; out of DataParallel and torch.compile it is taken.
         calibration: images as the model takes them, a float tensor N×3×H×W or an iterable of such batches, with one
             pass in it.
         spec: "W3A3", "W4A8", "W3A3,head=W8A8" or a QuantSpec.
@@ -42,31 +62,63 @@ def quantize(
         and, where it has one, an integer `zero_point`. How it was made is in its attribute `quantization`.
 
     Raises:
-        IasvitError: bad bits, method, option or calibration, a module that is not supported, NaN or Inf in activations
-            (the message names the layer).
+        IasvitError: bad bits, method, option or calibration, a module that is not supported or computes what its family
+            does not, NaN or Inf in activations (the message names the layer).
     """
     spec = QuantSpec.parse(spec)
     if isinstance(method, str):
         method = get_method(method, **options)
     elif options:
         raise IasvitError(f"options {', '.join(options)} go with a method's name; set them on the Method given instead")
+    given = model = unwrap(model)
     if hasattr(model, "quantization"):
         raise IasvitError("the model given is quantized already; give the full-precision one")
-    description = describe(model)
-    dtypes = {parameter.dtype for parameter in model.parameters()} - {torch.float32}
-    if dtypes:
-        raise IasvitError(f"the model given has {dtypes.pop()} parameters; give it in float32, as model.float() is")
-    training = {module: module.training for module in model.modules()}
-    model.eval()
+    adapter = adapter_for(model)
+    check_parameters(model)
+    training = {module: module.training for module in given.modules()}
+    given.eval()
     try:
-        with torch.inference_mode(False), torch.enable_grad():  # the caller's mode may be no_grad; methods learn
+        with _usual_modes(next(given.parameters()).device):
+            model = plain(given)
+            description, data = describe(model), adapter.data(model)
+            image, calibration = _checked(model, calibration, spec)
+            why = why_not_saved(model, image)
+            if why is not None:
+                description[INCOMPLETE] = why
+                logger.warning("the %s given can be quantized but not saved: %s", type(model).__name__, why)
             quantized = method.quantize(model, calibration, spec, progress or Progress())
     finally:
         for module, mode in training.items():
             module.training = mode
     quantized.eval()
     known: dict[str, Any] = asdict(method) if is_dataclass(method) else {}
-    data = {key: value for key, value in resolve_data_config(model=model).items() if value is not None}
-    name = getattr(method, "variant", method.name)
-    quantized.quantization = Quantization(name, str(spec), known, description, data)
+    label(quantized, Quantization(getattr(method, "variant", method.name), str(spec), known, description, data))
     return quantized
+
+
+@contextmanager
+def _usual_modes(device: torch.device) -> Iterator[None]:
+    """torch's own modes and defaults, whatever the caller's are: gradients, as methods learn; float32; the CPU."""
+    dtype = torch.get_default_dtype()
+    default = nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False), default:
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+
+
+def _checked(model: nn.Module, calibration: Calibration, spec: QuantSpec) -> tuple[Tensor, Calibration]:
+    """The first calibration image, on the model's device and through all that is checked before the work; and all."""
+    device = next(model.parameters()).device
+
+    def on_device(image: Tensor) -> Tensor:
+        return image.to(device, torch.float32)
+
+    first, images = looked_at(calibration, lambda image: check_size(model, on_device(image)))
+    first = on_device(first)
+    if not torch.isfinite(first).all():
+        raise IasvitError("calibration images hold NaN or Inf; give normalised, finite images")
+    check_chain(model, first, spec)
+    return first, list(images) if isinstance(calibration, (list, tuple)) else images

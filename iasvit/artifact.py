@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from iasvit.errors import IasvitError, StorageError, reason
 from iasvit.files import replacing
+from iasvit.label import label
 from iasvit.methods import list_methods, load_method_class, split_variant
 from iasvit.models import build, insert_quantizers
 from iasvit.nn import quant_layers
@@ -118,7 +119,9 @@ def _check_saved(model: nn.Module, path: Path, architecture: dict[str, Any]) -> 
     try:
         loaded = load(path).to(device)
     except IasvitError as error:
-        raise IasvitError(f"{message} (its file{str(error).removeprefix(str(path))})") from error
+        text = str(error)
+        what = f"its file{text.removeprefix(str(path))}" if text.startswith(str(path)) else text
+        raise IasvitError(f"{message} ({what})") from error
     if not torch.equal(loaded(image), model(image)):
         raise IasvitError(message)
 
@@ -175,7 +178,7 @@ def _rebuild(header: dict[str, Any], state: dict[str, Tensor], path: Path) -> nn
         layer.weight.data.copy_(layer.weight_quantizer.decode(layer.codes))
         del layer.codes
     names = ("method", "spec", "options", "architecture", "data")
-    model.quantization = Quantization(**{name: header[name] for name in names})
+    label(model, Quantization(**{name: header[name] for name in names}))
     return model.requires_grad_(False).eval()
 
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import errno
+import os
+import signal
 import sys
+import threading
 from importlib.metadata import entry_points
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -14,9 +18,10 @@ from typer.core import TyperGroup
 from iasvit.benchmark.task import GROUP as TASKS
 from iasvit.benchmark.task import list_tasks, load_task_class
 from iasvit.errors import IasvitError
+from iasvit.interrupts import interruptible, is_default
 
 COMMANDS = "iasvit.commands"  # what needs models and data of tasks, and so is no part of the core
-BAD_INPUT, INTERRUPTED = 2, 130
+BAD_INPUT, INTERRUPTED, TERMINATED = 2, 130, 143
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -31,8 +36,12 @@ def main(app: typer.Typer | None = None) -> NoReturn:
     """Run an app, the `iasvit` command by default, and exit.
 
     Status 0, or what the app chose (1: a cell failed); 2 with one sentence and no traceback for bad input and a full
-    disk; 130 for Ctrl-C.
+    disk; 130 for Ctrl-C, 143 for SIGTERM, both with what a command cleans up.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a path need not be UTF-8
+    before = _handle_signals()
     try:
         (app or _app)()
     except IasvitError as error:
@@ -47,8 +56,33 @@ def main(app: typer.Typer | None = None) -> NoReturn:
     except SystemExit as status:
         if status.code == INTERRUPTED:  # typer's answer to Ctrl-C
             _interrupted()
+        if status.code == TERMINATED:
+            _exit("terminated; the same command again goes on where this one stopped", TERMINATED)
         raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     sys.exit(0)
+
+
+def _handle_signals() -> dict[int, Any]:
+    """Let SIGINT and SIGTERM, unless somebody handles or ignores them, unwind the stack, so that all is cleaned up.
+
+    Returns:
+        Signal → the handler that it had.
+    """
+    process = os.getpid()
+
+    def terminate(number: int, frame: Any) -> None:
+        if os.getpid() != process:  # a worker that this process forked
+            os._exit(TERMINATED)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # cleaning up is not broken off
+        sys.exit(TERMINATED)
+
+    if threading.current_thread() is not threading.main_thread():  # which alone gets signals
+        return {}
+    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: terminate}
+    return {number: signal.signal(number, handler) for number, handler in handlers.items() if is_default(number)}
 
 
 def _interrupted() -> NoReturn:
@@ -73,7 +107,8 @@ class _Tasks(TyperGroup):
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if cmd_name.startswith("-"):
             return None  # an option that does not exist; the parser says so
-        return typer.main.get_command(load_task_class(cmd_name).command())
+        with interruptible():
+            return typer.main.get_command(load_task_class(cmd_name).command())
 
 
 _app = make_app(help="Low-bit post-training quantization of vision transformers: benchmark and tables.")
@@ -170,8 +205,11 @@ def _leaderboard(
     ] = None,
 ) -> None:
     """Write the tables under results/ from the measured and the published values."""
+    from iasvit.benchmark.results import warn
     from iasvit.leaderboard import write_leaderboard
 
+    if not runs.is_dir():
+        warn(f"{runs} is no folder, so that nothing measured is shown")
     if readme is None and Path("README.md").is_file():
         readme = Path("README.md")
     for path in write_leaderboard(runs, published, out, readme):
@@ -187,7 +225,8 @@ def _hand_on(context: typer.Context) -> None:
     entries = list(entry_points(group=COMMANDS, name=name))
     if not entries:
         raise IasvitError(f"no installed package has the command {name!r}; install the package tasks")
-    command = typer.main.get_command(entries[0].load())
+    with interruptible():
+        command = typer.main.get_command(entries[0].load())
     command.main(args=context.args, prog_name=f"iasvit {name}", standalone_mode=True)
 
 

@@ -20,15 +20,15 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         OSError: the file cannot be written.
     """
     path = Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        yield beside
-        with beside.open("rb+") as file:
+        yield temporary
+        with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        os.replace(beside, path)
+        os.replace(temporary, path)
     finally:
         with suppress(OSError):
-            beside.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
 
 
 def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> None:
@@ -38,7 +38,7 @@ def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> None:
         StorageError: the file cannot be written; the message names it.
     """
     try:
-        with replacing(path) as beside:
-            beside.write_bytes(data.encode() if isinstance(data, str) else data)
+        with replacing(path) as temporary:
+            temporary.write_bytes(data.encode() if isinstance(data, str) else data)
     except OSError as error:
         raise StorageError(f"{path} cannot be written: {reason(error)}") from error

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from iasvit.models import Segment, insert_quantizers, segments
+from iasvit.models import Segment, plain, prepare, segments
 from iasvit.nn import QuantConv2d, QuantLinear, QuantMatMul, quantizers_of
 from iasvit.quantizers import Quantizer, UniformQuantizer
 from iasvit.spec import QuantSpec
@@ -19,16 +18,16 @@ TAIL = 2.0**-7  # what 3-bit log2 sends to one code
 
 def with_same_names(model: nn.Module) -> nn.Module:
     """The full-precision model with its layers where a quantized one has them, all quantizers off."""
-    plain = insert_quantizers(
-        copy.deepcopy(model),
+    same = prepare(
+        plain(model),
         QuantSpec(8, 8),
         lambda site: UniformQuantizer(site.n_bits),
         lambda site: UniformQuantizer(site.n_bits),
     )
     for weights in (True, False):
-        for _, quantizer in quantizers_of(plain, weights=weights):
+        for _, quantizer in quantizers_of(same, weights=weights):
             quantizer.enabled = False
-    return plain.eval()
+    return same.eval()
 
 
 def observe(model: nn.Module, run: Callable[[], Tensor]) -> tuple[dict[str, Tensor], Tensor]:
@@ -72,11 +71,11 @@ def layer_errors(model: nn.Module, quantized: nn.Module, images: Tensor) -> list
         seen, output = observe(network, lambda: segment.run(inputs))
         return seen | {segment.name: output}
 
-    for plain, mine in zip(segments(model), segments(quantized), strict=True):
-        target = outputs(model, plain, x)
+    for full, mine in zip(segments(model), segments(quantized), strict=True):
+        target = outputs(model, full, x)
         own, streamed = outputs(quantized, mine, x), outputs(quantized, mine, x_q)
         for name, y in target.items():
-            block = name == plain.name and name not in layers  # the head is a link and a layer
+            block = name == full.name and name not in layers  # the head is a link and a layer
             kind = "block" if block else ".".join(name.split(".")[-2:])
             rows.append(
                 {
@@ -86,7 +85,7 @@ def layer_errors(model: nn.Module, quantized: nn.Module, images: Tensor) -> list
                     "streamed": relative_error(streamed[name], y),
                 }
             )
-        x, x_q = target[plain.name], streamed[mine.name]
+        x, x_q = target[full.name], streamed[mine.name]
     return rows
 
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
 
-from iasvit.errors import IasvitError
+from iasvit.errors import IasvitError, reason, shown
+from iasvit.options import check_options
 from iasvit.plugins import load
 from iasvit.progress import Progress
 from iasvit.spec import QuantSpec
@@ -31,7 +32,11 @@ class Method(Protocol):
         my_method = "my_package.my_module:MyMethod"
 
     A class may also have `version: ClassVar[int]`, raised whenever its numbers change (1 without it), and
-    `changelog: ClassVar[dict[int, str]]`, version → what changed them. Rows say which version measured them.
+    `changelog: ClassVar[dict[int, str]]`, version → what changed them. Rows say which version measured them. A method
+    that does not read all calibration images says so in `images_used(self, calib_size: int) -> int`; see there.
+
+    An option's value must be of its field's type, and in the range that stands beside it: `Annotated[int, Range(1)]`
+    of `iasvit.options`.
     """
 
     name: str
@@ -64,7 +69,7 @@ def split_variant(name: str) -> tuple[str, list[str], dict[str, Any]]:
     match = _VARIANT.fullmatch(name)
     if match is None:
         raise IasvitError(
-            f"method {name!r} is neither a name nor a name[-ingredient,option=value...], such as ias_vit[-sulq]"
+            f"method {shown(name)} is neither a name nor a name[-ingredient,option=value...], such as ias_vit[-sulq]"
         )
     off, options = [], {}
     for part in re.findall(r"-\w+|\w+=[\w.+]+", match[2] or ""):
@@ -81,9 +86,10 @@ def split_variant(name: str) -> tuple[str, list[str], dict[str, Any]]:
 def parse_value(text: str) -> Any:
     """An option's value from text: a number, true, false or null as JSON has them, else the text itself."""
     try:
-        return json.loads(text)
-    except ValueError:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
         return text
+    return text if isinstance(value, list | dict) else value
 
 
 def load_method_class(name: str) -> type[Method]:
@@ -94,7 +100,7 @@ def load_method_class(name: str) -> type[Method]:
     """
     entries = _entries()
     if name not in entries:
-        raise IasvitError(f"method {name!r} is not registered; registered are {', '.join(entries)}")
+        raise IasvitError(f"method {shown(name)} is not registered; registered are {', '.join(entries)}")
     return load(entries[name], f"method {name!r}")
 
 
@@ -131,17 +137,31 @@ def get_method(name: str, **options: Any) -> Method:
     """The method of that name with these options; its attribute `variant` is the name as given.
 
     Raises:
-        IasvitError: no such method, or an option that it does not know; the message lists what exists.
+        IasvitError: no such method, an option that it does not know (the message lists what exists), or a value of
+            another type or out of the range that the method declares.
     """
     base, off, named = split_variant(name)
     known = _fields(base)
     for option in (*named, *options):
         if option not in known:
-            raise IasvitError(f"method {base!r} has no option {option!r}; it knows {', '.join(known)}")
+            raise IasvitError(f"method {base!r} has no option {shown(option)}; it knows {', '.join(known)}")
     left_out = _left_out(base, off)
     for option in (*left_out, *named):
         if option in options or (option in left_out and option in named):
             raise IasvitError(f"option {option!r} is given twice, one of them by method {name!r}; give it once")
-    method: Any = load_method_class(base)(**options, **left_out, **named)
+    cls = load_method_class(base)
+    values = check_options(cls, {**options, **left_out, **named}, f"method {base!r}")
+    try:
+        method: Any = cls(**values)
+    except (TypeError, ValueError) as error:
+        if isinstance(error, IasvitError):
+            raise
+        raise IasvitError(f"method {base!r} does not take its options: {reason(error)}") from error
     method.variant = name
     return method
+
+
+def images_used(method: Method, calib_size: int) -> int:
+    """Of so many calibration images how many a method reads: all, unless its own `images_used` says otherwise."""
+    count: Callable[[int], int] | None = getattr(method, "images_used", None)
+    return calib_size if count is None else count(calib_size)

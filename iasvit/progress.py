@@ -106,8 +106,8 @@ class Progress:
         try:
             self.checkpoint.mkdir(parents=True, exist_ok=True)
             tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in state.items()}
-            with replacing(target) as beside:
-                save_file(tensors, beside, metadata)
+            with replacing(target) as temporary:
+                save_file(tensors, temporary, metadata)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(
                 f"{target} cannot be written: {reason(error)}; free space or run in another folder"

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import nn
 
 from iasvit.calibration import Store, calibrate_in_stream, enabled
-from iasvit.errors import IasvitError
 from iasvit.methods import Calibration
 from iasvit.models import Site, find_pairs, prepare, segments
 from iasvit.nn import quantizers_of
+from iasvit.options import OneOf, Range, check_fields
 from iasvit.progress import Progress, fingerprint
 from iasvit.quantizers import SOFTMAX_QUANTIZERS, WEIGHT_PERCENTILES, Quantizer, UniformQuantizer
 from iasvit.reconstruction import SegmentJob, optimize, share_code, stream
@@ -55,12 +55,12 @@ class IASViT:
         compile: learn with steps that torch.compile has fused; needs its compiler, and seconds for each kind of block.
     """
 
-    iterations: int | None = None
-    batch_size: int = 64
-    lr: float = 4e-5
+    iterations: Annotated[int | None, Range(0)] = None
+    batch_size: Annotated[int, Range(1)] = 64
+    lr: Annotated[float, Range(above=0)] = 4e-5
     seed: int = 0
-    init_size: int = 64
-    softmax: str = "sulq"
+    init_size: Annotated[int, Range(1)] = 64
+    softmax: Annotated[str, OneOf(SOFTMAX_QUANTIZERS)] = "sulq"
     sos: bool = True
     autocast: bool = False
     compile: bool = False
@@ -74,15 +74,7 @@ class IASViT:
     ablations: ClassVar[dict[str, dict[str, str]]] = {"sulq": {"softmax": "log2"}}
 
     def __post_init__(self) -> None:
-        if self.iterations is not None and self.iterations < 0:
-            raise IasvitError(f"iterations is {self.iterations}, but a number of steps is 0 or more")
-        for option in ("batch_size", "init_size"):
-            if getattr(self, option) < 1:
-                raise IasvitError(f"{option} is {getattr(self, option)}, but at least one image is needed")
-        if not self.lr > 0:
-            raise IasvitError(f"lr is {self.lr}, but a learning rate is above 0")
-        if self.softmax not in SOFTMAX_QUANTIZERS:
-            raise IasvitError(f"softmax is {self.softmax!r}, but there are {', '.join(SOFTMAX_QUANTIZERS)}")
+        check_fields(self)
 
     def quantize(self, model: nn.Module, calibration: Calibration, spec: QuantSpec, progress: Progress) -> nn.Module:
         """See `iasvit.methods.Method`."""

@@ -7,17 +7,19 @@ import re
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from iasvit.errors import IasvitError
+from iasvit.errors import IasvitError, shown
 
 MIN_BITS, MAX_BITS = 2, 8
 FULL_PRECISION = 32
-_BITS = re.compile(r"[Ww](\d+)[Aa](\d+)")
+_BITS = re.compile(r"[Ww]([0-9]{1,4})[Aa]([0-9]{1,4})")
 
 
 def _parse_bits(text: str, override: bool = False) -> tuple[int, int]:
     match = _BITS.fullmatch(text.strip())
     if match is None:
-        raise IasvitError(f"bits {text!r} are not of the form W<weight bits>A<activation bits>, such as W3A3 or W4A8")
+        raise IasvitError(
+            f"bits {shown(text)} are not of the form W<weight bits>A<activation bits>, such as W3A3 or W4A8"
+        )
     w_bits, a_bits = int(match[1]), int(match[2])
     if override and w_bits == a_bits == FULL_PRECISION:
         return w_bits, a_bits
@@ -54,8 +56,10 @@ class QuantSpec:
         overrides = []
         for part in rest:
             glob, equals, bits = part.partition("=")
-            if not equals or not glob.strip():
-                raise IasvitError(f"override {part!r} is not of the form <layer glob>=W<bits>A<bits>, as head=W8A8")
+            if not equals or not glob.strip() or not glob.isprintable():
+                raise IasvitError(
+                    f"override {shown(part)} is not of the form <layer glob>=W<bits>A<bits>, as head=W8A8"
+                )
             overrides.append((glob.strip(), *_parse_bits(bits, override=True)))
         return cls(w_bits, a_bits, tuple(overrides))
 
@@ -71,7 +75,7 @@ class QuantSpec:
         for glob, _, _ in self.overrides:
             if not any(fnmatchcase(name, glob) for name in names):
                 raise IasvitError(
-                    f"override {glob!r} matches no quantized layer; layers are {', '.join(names[:4])}, ..."
+                    f"override {shown(glob)} matches no quantized layer; layers are {', '.join(names[:4])}, ..."
                 )
 
     @property

@@ -6,6 +6,11 @@ mmdet's and the Swin authors' detectors. It needs the extra `coco`. See --help.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before imports that take seconds
+    from iasvit.interrupts import end_on_signals
+
+    end_on_signals()
+
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -49,7 +54,7 @@ class CocoTask(Task):
 
     name = "coco"
     metrics = tuple(
-        Metric(f"{kind}_mAP{part}", primary=not part)
+        Metric(f"{kind}_mAP{part}", primary=not part, minimum=0, maximum=100)
         for part in ("", "_50", "_75", "_s", "_m", "_l")
         for kind in ("bbox", "segm")
     )
@@ -100,7 +105,7 @@ class CocoTask(Task):
         models = [config.stem] if config is not None else model_names(detector, backbone, data)
         specs = unique([scoped(text, scope) for text in bits])
         given = {"iterations": iterations, "batch_size": batch_size, "lr": lr, "init_size": init_size}
-        given |= command.parse_options(option or [])
+        given = command.parse_options(option or [], given)
         cells = command.make_cells(models, specs, method, seed, calib_size, data.profile, given)
         command.check_checkpoint(checkpoint, models)
         setup = make_setup(

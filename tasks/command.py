@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, Protocol, TypeVar
@@ -17,7 +17,7 @@ from iasvit.benchmark.estimate import estimate, format_estimates
 from iasvit.benchmark.harness import Cell, exit_status, run_cells
 from iasvit.benchmark.results import ResultStore
 from iasvit.benchmark.task import Task
-from iasvit.errors import IasvitError
+from iasvit.errors import IasvitError, reason, shown
 from iasvit.leaderboard.aggregate import table
 from iasvit.methods import get_method, list_methods, method_options, parse_value
 from iasvit.models import Site, insert_quantizers
@@ -54,6 +54,7 @@ Stale = Annotated[bool, typer.Option("--stale", help="Measure also cells that ar
 Save = Annotated[Path | None, typer.Option(help="Folder to keep every quantized model in; its row names the file.")]
 Results = Annotated[Path, typer.Option(help="Folder for the rows.")]
 RESULTS = Path("results/runs")
+MAX_SEED = 2**32 - 1  # what NumPy's generators take
 
 
 @dataclass(frozen=True)
@@ -127,44 +128,64 @@ def make_cells(
         given: options of methods by name; one that is None is not given.
 
     Raises:
-        IasvitError: an unknown method, a number that is too small, or an option given that none of the methods takes.
+        IasvitError: an unknown method, a number that is too small, an option given that none of the methods takes, or
+            a value that a method does not take.
     """
     given = {name: value for name, value in given.items() if value is not None}
     for option, least in (("batch_size", 1), ("init_size", 1), ("iterations", 0)):
         if isinstance(value := given.get(option), int | float):
-            at_least(f"--{option.replace('_', '-')}", value, least)
+            at_least(_flag(option), value, least)
     at_least("--calib-size", calib_size, 1)
     at_least("--seed", min(seeds), 0)
+    if max(seeds) > MAX_SEED:
+        raise IasvitError(f"--seed is {max(seeds)}, but {MAX_SEED} at most is expected")
     methods, seeds = unique(methods or list_methods()), unique(seeds)
     calib_size = profile.calib_size if calib_size is None else calib_size
     takes = {method: method_options(method) for method in methods}
     for option in given:
         if not any(option in options for options in takes.values()):
-            raise IasvitError(f"--{option.replace('_', '-')} is no option of {', '.join(methods)}")
+            raise IasvitError(f"{_flag(option)} is no option of {', '.join(methods)}")
     cells = []
     for name in names:
         for spec in specs:
             for method in methods:
                 options = {k: v for k, v in {**profile.options(spec), **given}.items() if k in takes[method]}
-                get_method(method, **options)  # says what is wrong with a value before anything runs
+                made = get_method(method, **options)  # says what is wrong with a value before anything runs
+                options = {option: getattr(made, option, value) for option, value in options.items()}
                 for seed in seeds:
                     cells.append(Cell(name, method, str(spec), seed, calib_size, tuple(sorted(options.items()))))
     return cells
 
 
-def parse_options(texts: Iterable[str]) -> dict[str, Any]:
-    """Options of methods from NAME=VALUE, the value being a number, true, false or text.
+def parse_options(texts: Iterable[str], given: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Options of methods from NAME=VALUE, the value being a number, true, false or text, with those given otherwise.
+
+    Args:
+        texts: of --option.
+        given: options that the command has an option for (--iterations); one that is None is not given.
 
     Raises:
-        IasvitError: a text without a name or a value.
+        IasvitError: a text without a name or a value, an option that is given twice, or the seed, which is --seed's.
     """
-    options = {}
+    options = {name: value for name, value in (given or {}).items() if value is not None}
     for text in texts:
         name, equals, value = text.partition("=")
         if not name or not equals or not value:
-            raise IasvitError(f"--option {text!r} is not of the form NAME=VALUE, as autocast=true")
+            raise IasvitError(f"--option {shown(text)} is not of the form NAME=VALUE, as autocast=true")
+        if name == "seed":
+            raise IasvitError(f"--option {shown(text)} sets the seed, which --seed does")
+        if name in options:
+            raise IasvitError(f"--option {shown(text)} gives {shown(name)} a second time; give it once")
         options[name] = parse_value(value)
+        if options[name] is None:
+            raise IasvitError(f"--option {shown(text)} gives no value; leave it out")
     return options
+
+
+def _flag(option: str) -> str:
+    """An option of methods as a command line has it."""
+    named = option in ("iterations", "batch_size", "lr", "init_size")
+    return f"--{option.replace('_', '-')}" if named else f"--option {shown(option)[1:-1]}"
 
 
 def check_checkpoint(checkpoint: Path | None, names: Sequence[str]) -> None:
@@ -203,10 +224,10 @@ def make_device(name: str | None) -> torch.device:
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise IasvitError(f"--device {name} cannot be used here ({reason}); cpu can") from None
+        torch.ones(1, device=device).item()  # "meta" is a device without values
+    except (RuntimeError, AssertionError, NotImplementedError, UnicodeError) as error:
+        why = reason(error).partition(".")[0]
+        raise IasvitError(f"--device {shown(name)[1:-1]} cannot be used here ({why}); cpu can") from None
     return device
 
 

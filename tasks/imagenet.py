@@ -6,6 +6,11 @@ task on timm's models. See --help.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before imports that take seconds
+    from iasvit.interrupts import end_on_signals
+
+    end_on_signals()
+
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -94,7 +99,7 @@ class ImageNetTask(Task):
         profile = find_source(data).profile
         backbones = unique(backbone or profile.models)
         specs = unique([QuantSpec.parse(text) for text in bits])
-        given = {"iterations": iterations, "batch_size": batch_size, "lr": lr} | command.parse_options(option or [])
+        given = command.parse_options(option or [], {"iterations": iterations, "batch_size": batch_size, "lr": lr})
         cells = command.make_cells(backbones, specs, method, seed, calib_size, profile, given)
         command.check_checkpoint(checkpoint, backbones)
         setup = make_setup(

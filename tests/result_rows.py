@@ -13,9 +13,17 @@ PUBLISHED_HEADER = "task,model,method,w_bits,a_bits,metric,value,source\n"
 def make_row(**values: Any) -> Row:
     """A sound result row, with these values changed or added."""
     row: Row = {
-        **{"schema_version": 2, "task": "fake", "dataset": "mini", "split_size": 20, "data_fingerprint": "d1"},
+        **{"schema_version": 3, "task": "fake", "dataset": "mini", "split_size": 20, "data_fingerprint": "d1"},
         **{"config_fingerprint": "", "model": "vit_s", "weights": "", "method": "noise", "w_bits": 3, "a_bits": 3},
-        **{"spec": "W3A3", "seed": 0, "calib_size": 8, "options": "", "method_version": 1, "task_version": 1},
+        **{
+            "spec": "W3A3",
+            "seed": 0,
+            "calib_size": 8,
+            "calib_used": 8,
+            "options": "",
+            "method_version": 1,
+            "task_version": 1,
+        },
         **{"data_kind": "embedded", "data_description": "drawn images"},
         **{"top1": 70.0, "top1_se": 1.5, "agreement": 90.0, "fp_top1": 80.0},
         **{"iterations": 3, "calibration_seconds": 1.0, "reconstruction_seconds": 2.0, "quantization_seconds": 3.0},

@@ -173,6 +173,13 @@ def test_a_command_that_no_package_has(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert "'evaluate'" in capsys.readouterr().err
 
 
+def test_a_folder_of_rows_that_is_not_there_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert status(monkeypatch, "leaderboard", "--runs", "mistyped") == 0
+    assert capsys.readouterr().err == "warning: mistyped is no folder, so that nothing measured is shown\n"
+
+
 def test_leaderboard_fills_readme_by_default(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

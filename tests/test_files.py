@@ -24,8 +24,8 @@ def test_a_file_is_replaced_and_nothing_stays_beside(tmp_path: Path) -> None:
 def test_what_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.txt"
     atomic_write(path, "old")
-    with pytest.raises(FileNotFoundError), replacing(path) as beside:
-        (beside.write_text("new"), beside.rename(tmp_path / "none" / "x"))
+    with pytest.raises(FileNotFoundError), replacing(path) as temporary:
+        (temporary.write_text("new"), temporary.rename(tmp_path / "none" / "x"))
     assert list(tmp_path.iterdir()) == [path]
 
     def full(descriptor: int) -> None:

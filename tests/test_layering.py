@@ -20,7 +20,7 @@ LAYERS = {
     "nn": {"errors", "quantizers"},
     "models": {"errors", "plugins", "quantizers", "spec", "nn"},
 }
-UPPER = ("benchmark", "leaderboard", "sweep", "cli")  # nothing below may import them
+UPPER = ("benchmark", "leaderboard", "sweep", "cli", "__main__")  # nothing below may import them
 
 
 def modules() -> dict[str, Path]:
@@ -36,11 +36,18 @@ def modules() -> dict[str, Path]:
 MODULES = modules()
 
 
-def imported(name: str, *, lazy: bool) -> Iterator[str]:
-    """Modules of this repository that a module imports; with `lazy`, inside functions too, but not for types alone."""
+def at_run_time(tree: ast.AST) -> Iterator[ast.AST]:
+    """All nodes below a node, but for those in a block `if TYPE_CHECKING`."""
+    for node in ast.iter_child_nodes(tree):
+        if not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"):
+            yield node
+            yield from at_run_time(node)
+
+
+def imported(name: str, *, types: bool = True) -> Iterator[str]:
+    """Modules of this repository that a module imports, inside functions too; for types alone only with `types`."""
     tree = ast.parse(MODULES[name].read_text(encoding="utf-8"))
-    nodes = ast.walk(tree) if lazy else iter(tree.body)
-    for node in nodes:
+    for node in ast.walk(tree) if types else at_run_time(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name in MODULES)
         elif isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] in PACKAGES:
@@ -57,21 +64,21 @@ def part(name: str) -> str:
 def test_packages_import_what_they_may() -> None:
     for name in MODULES:
         package = name.split(".")[0]
-        others = {other.split(".")[0] for other in imported(name, lazy=True)} - {package}
+        others = {other.split(".")[0] for other in imported(name)} - {package}
         assert others <= ALLOWED[package], name
 
 
 def test_a_baseline_imports_no_other_baseline() -> None:
     for name in MODULES:
         if name.startswith("baselines."):
-            assert not [other for other in imported(name, lazy=True) if other.startswith("baselines")], name
+            assert not [other for other in imported(name) if other.startswith("baselines")], name
 
 
 def test_the_core_is_layered() -> None:
     for name in MODULES:
         if not name.startswith("iasvit."):
             continue
-        parts = {part(other) for other in imported(name, lazy=True) if other.startswith("iasvit.")} - {part(name)}
+        parts = {part(other) for other in imported(name) if other.startswith("iasvit.")} - {part(name)}
         if part(name) in LAYERS:
             assert parts <= LAYERS[part(name)], name
         if part(name) not in UPPER:
@@ -79,8 +86,11 @@ def test_the_core_is_layered() -> None:
 
 
 def test_no_module_imports_itself_by_way_of_others() -> None:
-    """A package's __init__ stands for the names that it exports, and is part of no circle that they would not be."""
-    graph = {name: {other for other in imported(name, lazy=False) if other != name} for name in MODULES}
+    """Not even inside a function.
+
+    A package's __init__ stands for the names that it exports, and is part of no circle that they would not be.
+    """
+    graph = {name: {other for other in imported(name, types=False) if other != name} for name in MODULES}
     state: dict[str, int] = {}
 
     def visit(name: str, path: tuple[str, ...]) -> None:

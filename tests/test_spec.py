@@ -47,6 +47,9 @@ def test_a_spec_written_and_read_is_the_same(w_bits: int, a_bits: int, overrides
         ("W3A3,head=W8A16", "16 bits"),
         ("W3A3,head=W32A8", "32 bits"),
         ("W3A3,head=W4A32", "32 bits"),
+        ("W٣A٣", "'W٣A٣'"),
+        pytest.param(f"W{'3' * 5000}A3", "...", id="digits"),
+        ("W3A3,he[!\n]d=W8A8", "'he[!\\n]d=W8A8'"),
     ],
 )
 def test_what_is_no_spec_is_named(text: str, named: str) -> None:

@@ -11,6 +11,7 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from iasvit.label import KEY
 from iasvit.models import Adapter, Inserter, Segment, Site, insert_quantizers
 from iasvit.quantizers import Quantizer, SULQuantizer, UniformQuantizer
 from iasvit.spec import QuantSpec
@@ -95,8 +96,9 @@ def bits_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def same_bits(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
-    """Whether two state dicts hold the same tensors to the bit."""
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    """Whether two state dicts hold the same tensors to the bit; what they say of method and options is left out."""
+    names = first.keys() - {KEY}
+    return names == second.keys() - {KEY} and all(torch.equal(first[name], second[name]) for name in names)
 
 
 class ChainAdapter(Adapter):

@@ -21,11 +21,12 @@ from iasvit.api import quantize
 from iasvit.artifact import packed_bytes
 from iasvit.artifact import save as save_model
 from iasvit.benchmark import provenance
-from iasvit.benchmark.results import COST, SCHEMA, Key, ResultStore, Row, format_options
+from iasvit.benchmark.locks import locked
+from iasvit.benchmark.results import COST, SCHEMA, Key, ResultStore, Row, check_writable, format_options
 from iasvit.benchmark.task import Outputs, Task
 from iasvit.benchmark.versions import method_version, other_version
 from iasvit.errors import IasvitError, StorageError, reason
-from iasvit.methods import Method, get_method, method_options
+from iasvit.methods import Method, get_method, images_used, method_options
 from iasvit.nn import quantizers_of
 from iasvit.progress import Progress, fingerprint
 from iasvit.spec import QuantSpec
@@ -33,6 +34,7 @@ from iasvit.spec import QuantSpec
 FULL_PRECISION = "fp32"  # the method's name in the row of a model that is not quantized
 CHECKPOINT_ROOT = Path(".iasvit/checkpoints")
 
+_LONGEST_NAME = 150  # characters of a saved model's file name, fingerprint and suffix apart
 _STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
 
 
@@ -72,7 +74,8 @@ def run_cells(
 
     The full-precision model is evaluated once a model, and its row stored where it is missing. A run that was killed
     goes on at the cell, and inside the cell at the block, where it stopped. What goes wrong inside a method, or in the
-    evaluation of the model that it gave, becomes a row with status "failed" and the reason; the other cells go on.
+    evaluation of the model that it gave, becomes a row with status "failed" and the reason; the other cells go on. A
+    cell that another process is measuring, with the same folder of checkpoints, is put off until that one is done.
 
     Args:
         task: where models and data come from.
@@ -88,11 +91,16 @@ def run_cells(
         The row of each cell, in order: just measured, or the stored one.
 
     Raises:
-        IasvitError: bad bits, method or option (before anything runs); a model, data or a folder that cannot be used.
+        IasvitError: bad bits, method or option, or folders that cannot be written (before anything runs); a model or
+            data that cannot be used.
     """
     jobs = make_jobs(task, cells)
     run = _Run(task, store, Path(checkpoint_root), force, stale, save, quiet)
-    return [run.measure(job, f"[{number}/{len(jobs)}]") for number, job in enumerate(jobs, start=1)]
+    if any(stored_row(store, job.key, force=force, stale=stale) is None for job in jobs):
+        store.check(task.name, task.data.name)
+    numbers = [f"[{number}/{len(jobs)}]" for number in range(1, len(jobs) + 1)]
+    rows = [run.measure(job, number, wait=False) for job, number in zip(jobs, numbers, strict=True)]
+    return [row or run.wait(job, number) for row, job, number in zip(rows, jobs, numbers, strict=True)]
 
 
 def exit_status(rows: Sequence[Row]) -> int:
@@ -135,10 +143,11 @@ def make_jobs(task: Task, cells: Sequence[Cell]) -> list[Job]:
     for cell, spec in zip(cells, specs, strict=True):
         identity = (*data, *models[cell.model], cell.method)
         if spec is None:
-            jobs.append(Job(cell, Key(*identity, "W32A32", 0, 0, ""), None))
+            jobs.append(Job(cell, Key(*identity, "W32A32", 0, 0, "").stored(), None))
             continue
         options = format_options((name, value) for name, value in cell.options if value is not None)
-        jobs.append(Job(cell, Key(*identity, str(spec), cell.seed, cell.calib_size, options), spec))
+        key = Key(*identity, str(spec), cell.seed, cell.calib_size, options)
+        jobs.append(Job(cell, key.stored(), spec))
     return jobs
 
 
@@ -183,29 +192,54 @@ class _Run:
         self.metrics = [metric.name for metric in self.task.scored]
         self._reference: dict[str, tuple[Outputs, Row]] = {}
         if self.save is not None:
-            try:
-                self.save.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise StorageError(f"{self.save} cannot be made a folder: {reason(error)}") from error
+            check_writable(self.save / f"{'x' * _LONGEST_NAME}-12345678.safetensors", self.save)
 
     def say(self, text: str) -> None:
         if not self.quiet:
             print(text, file=sys.stderr, flush=True)
 
-    def measure(self, job: Job, number: str) -> Row:
-        """The row of a cell, from the store or measured now."""
+    def wait(self, job: Job, number: str) -> Row:
+        """The row of a cell that another process was measuring, when that one is done."""
+        row = self.measure(job, number, wait=True)
+        assert row is not None  # what waits gets the lock
+        return row
+
+    def measure(self, job: Job, number: str, wait: bool) -> Row | None:
+        """The row of a cell, from the store or measured now; None, unless it is to wait, where another process does."""
         cell = job.cell
         data = f"{self.task.name} {self.task.data.name}"
         title = f"{number} {data}: {cell.model} {cell.method} {job.key.spec} seed {job.key.seed}"
+        if (stored := self._stored(job, title)) is not None:
+            return stored
+        if job.spec is None:
+            self.say(title)
+            return self.reference(job)[1]
+        with locked(self._lock(job), wait) as free:
+            if free:  # the process that had it may have stored the row
+                return self._stored(job, title) or self._measure(job, number, title)
+        self.say(f"{title}: another process measures it; put off")
+        return None
+
+    def _lock(self, job: Job) -> Path:
+        return self.checkpoint_root / f"{fingerprint(*job.key)}.lock"
+
+    def _stored(self, job: Job, title: str) -> Row | None:
+        """The stored row that makes it needless to measure a cell, if any; its checkpoints are removed."""
         stored = stored_row(self.store, job.key, force=self.force, stale=self.stale)
         if stored is not None:
             self.say(f"{title}: stored already{self._remark(job, stored)}")
-            return stored
+            if self._left(job):
+                with locked(self._lock(job), wait=False) as free:
+                    for folder in self._left(job) if free else []:
+                        Progress(checkpoint=folder).discard()
+        return stored
+
+    def _measure(self, job: Job, number: str, title: str) -> Row:
+        """The row of a cell, measured now."""
+        cell = job.cell
         self.say(title)
         start = time.perf_counter()
         reference, fp_row = self.reference(job)
-        if job.spec is None:
-            return fp_row
         network = self.task.load_model(cell.model)
         calibration = self.task.calibration(cell.model, cell.calib_size, cell.seed)
         checkpoint = self._checkpoint(job, device_of(network))
@@ -248,23 +282,30 @@ class _Run:
         job = reference_job(job)
         model = job.cell.model
         if model not in self._reference:
-            stored = stored_row(self.store, job.key, force=self.force, stale=True)
-            outputs = None if stored is None else self.task.recall(stored)
-            if stored is not None and outputs is not None:
-                self._reference[model] = outputs, stored
-                return self._reference[model]
-            network = self.task.load_model(model)
-            row = self._row(job, network)
-            progress = Progress(f"{model} full precision", quiet=self.quiet)
-            memory = provenance.PeakMemory(device_of(network))
-            outputs = self._predict(model, network, progress, row)
-            row["peak_memory_mib"] = round(memory.mib(), 1)
-            self._score(outputs, outputs, row)
-            row.update({f"fp_{name}": row[name] for name in self.primary}, time=_now())
-            if stored is None:
-                self.store.append(row)
-            self._reference[model] = outputs, row
+            # Where a stored row is all that is needed, the second of two processes waits for the first one's.
+            wait = type(self.task).recall is not Task.recall
+            with locked(self._lock(job), wait):
+                self._reference[model] = self._find_reference(job)
         return self._reference[model]
+
+    def _find_reference(self, job: Job) -> tuple[Outputs, Row]:
+        """The same, from the store or evaluated now."""
+        model = job.cell.model
+        stored = stored_row(self.store, job.key, force=self.force, stale=True)
+        outputs = None if stored is None else self.task.recall(stored)
+        if stored is not None and outputs is not None:
+            return outputs, stored
+        network = self.task.load_model(model)
+        row = self._row(job, network)
+        progress = Progress(f"{model} full precision", quiet=self.quiet)
+        memory = provenance.PeakMemory(device_of(network))
+        outputs = self._predict(model, network, progress, row)
+        row["peak_memory_mib"] = round(memory.mib(), 1)
+        self._score(outputs, outputs, row)
+        row.update({f"fp_{name}": row[name] for name in self.primary}, time=_now())
+        if stored is None and stored_row(self.store, job.key, force=self.force, stale=True) is None:
+            self.store.append(row)
+        return outputs, row
 
     def _quantize_and_score(
         self,
@@ -302,7 +343,7 @@ class _Run:
     def _save(self, folder: Path, key: Key, quantized: nn.Module) -> str:
         """Keep a model; its file as rows name it, "" for a model that cannot be saved."""
         parts = (key.task, key.dataset, key.model, key.method, key.spec, f"seed{key.seed}")
-        name = re.sub(r"[^a-z0-9._]+", "-", "-".join(parts).lower())[:150].strip("-.")
+        name = re.sub(r"[^a-z0-9._]+", "-", "-".join(parts).lower())[:_LONGEST_NAME].strip("-.")
         path = folder / f"{name}-{fingerprint(*key)[:8]}.safetensors"
         try:
             save_model(quantized, path)
@@ -334,14 +375,35 @@ class _Run:
         row.update(scores)
 
     def _checkpoint(self, job: Job, device: torch.device) -> Path:
-        """The cell's checkpoint folder; what is left of the same cell by other versions or on another device goes."""
-        versions = (method_version(job.cell.method), self.task.version, torch.__version__)
-        threads = torch.get_num_threads() if device.type == "cpu" else ""
-        folder = self.checkpoint_root / f"{fingerprint(*job.key)}-{fingerprint(*versions, device.type, threads)}"
+        """The cell's checkpoint folder, named after all that decides what a run would go on with.
+
+        What is left of the same cell by other versions, libraries or thread counts, or on another device, goes.
+        """
+        versions = {**provenance.versions(), "torch": torch.__version__, "task": self.task.version}
+        machine = provenance.describe_device(device), torch.get_num_threads() if device.type == "cpu" else ""
+        begun_by = fingerprint(method_version(job.cell.method), *versions.values(), *machine)
+        folder = self.checkpoint_root / f"{fingerprint(*job.key)}-{begun_by}-{self._last(job)}"
+        left = self._left(job)
         for old in self.checkpoint_root.glob(f"{fingerprint(*job.key)}-*"):
             if old != folder:
                 Progress(checkpoint=old).discard()
+                if old not in left:
+                    self.say(
+                        "a checkpoint of this cell is removed and not gone on with: it was begun by another version, "
+                        "library, device or number of threads"
+                    )
         return folder
+
+    def _last(self, job: Job) -> str:
+        """Which row of the cell is the last; a checkpoint's name says which it was when the checkpoint began."""
+        row = self.store.find(job.key)
+        return "new" if row is None or row["status"] != "ok" else fingerprint(row["time"], row["evaluation_seconds"])
+
+    def _left(self, job: Job) -> list[Path]:
+        """Checkpoints that were begun before the cell's last row: it came of them, and a kill kept them from going."""
+        last = self._last(job)
+        found = self.checkpoint_root.glob(f"{fingerprint(*job.key)}-*")
+        return [folder for folder in found if last != "new" and not folder.name.endswith(f"-{last}")]
 
     def _failed(self, row: Row, error: Exception) -> None:
         text = " ".join(str(error).split())
@@ -359,6 +421,7 @@ class _Run:
         return {
             "schema_version": SCHEMA,
             **job.key._asdict(),
+            "calib_used": images_used(make_method(job.cell), job.cell.calib_size) if job.spec else 0,
             "method_version": method_version(job.cell.method),
             "task_version": self.task.version,
             "data_kind": self.task.data.kind,

@@ -10,22 +10,23 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
 
 from iasvit.benchmark.task import Row, data_set
-from iasvit.errors import IasvitError, StorageError, reason
-from iasvit.files import atomic_write
+from iasvit.errors import IasvitError, StorageError, reason, shown
+from iasvit.files import atomic_write, replacing
 
-SCHEMA = 2
+SCHEMA = 3
 
 # A row's columns are IDENTITY, the task's metrics, fp_<metric> of its primary metrics, COST, PROVENANCE.
 IDENTITY = (
     *("schema_version", "task", "dataset", "split_size", "data_fingerprint", "config_fingerprint", "model", "weights"),
-    *("method", "w_bits", "a_bits", "spec", "seed", "calib_size", "options", "method_version", "task_version"),
-    *("data_kind", "data_description"),
+    *("method", "w_bits", "a_bits", "spec", "seed", "calib_size", "calib_used", "options"),
+    *("method_version", "task_version", "data_kind", "data_description"),
 )
 COST = (
     *("iterations", "calibration_seconds", "reconstruction_seconds", "quantization_seconds", "evaluation_seconds"),
@@ -40,8 +41,11 @@ _FIXED = (*IDENTITY, *COST, *PROVENANCE)
 _NEEDED_INTEGERS = ("split_size", "w_bits", "a_bits", "seed", "calib_size")
 _NEEDED = ("task", "dataset", "model", "method", "spec", *_NEEDED_INTEGERS, "status", "time")
 _VERSIONS = ("schema_version", "method_version", "task_version")  # 1 where they are missing
-_INTEGERS = frozenset({*_NEEDED_INTEGERS, *_VERSIONS, "iterations", "model_bytes", "packed_bytes", "threads"})
+_INTEGERS = frozenset(
+    {*_NEEDED_INTEGERS, *_VERSIONS, "iterations", "calib_used", "model_bytes", "packed_bytes", "threads"}
+)
 _TEXTS = frozenset({*IDENTITY, *PROVENANCE}) - _INTEGERS
+_LONGEST = 100_000  # characters of a value
 _TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ")
 
 
@@ -70,6 +74,10 @@ class Key(NamedTuple):
         """The key of a stored row."""
         return cls(*(row[name] for name in cls._fields))
 
+    def stored(self) -> Key:
+        """The key as a row holds it, the same text after writing and reading."""
+        return Key(*(_plain(value) if isinstance(value, str) else value for value in self))
+
     def unknown(self) -> Key:
         """The key of the same cell on unknown data."""
         return self._replace(data_fingerprint="", config_fingerprint="")
@@ -86,7 +94,30 @@ def _from_1(fields: Fields) -> Fields:
     return {**fields, **new, "schema_version": "2"}
 
 
-UPGRADES: dict[int, Callable[[Fields], Fields]] = {1: _from_1}  # from this schema to the next
+def _from_2(fields: Fields) -> Fields:
+    """Schema 3 has the number of calibration images that the method read: what the method says, if it is installed."""
+    used = _images_used(fields["method"], fields.get("options", ""), int(fields["calib_size"]))
+    return {**fields, "calib_used": "" if used is None else str(used), "schema_version": "3"}
+
+
+@cache
+def _images_used(name: str, options: str, calib_size: int) -> int | None:
+    """None where it is not known: no such method here, or none that takes these options."""
+    if calib_size == 0:  # full precision
+        return 0
+    from iasvit.methods import get_method, images_used, parse_value  # torch, which rows of today do without
+
+    words = {"True": True, "False": False, "None": None}  # as `format_options` writes them
+    pairs = (option.partition("=")[::2] for option in options.split(";") if option)
+    try:
+        return images_used(
+            get_method(name, **{key: words.get(value, parse_value(value)) for key, value in pairs}), calib_size
+        )
+    except IasvitError:
+        return None
+
+
+UPGRADES: dict[int, Callable[[Fields], Fields]] = {1: _from_1, 2: _from_2}  # from this schema to the next
 
 
 def format_options(options: Iterable[tuple[str, Any]]) -> str:
@@ -110,10 +141,19 @@ def _columns(*names: Iterable[str]) -> list[str]:
     return [*IDENTITY, *metric_columns(union), *(n for n in union if n.startswith("fp_")), *COST, *PROVENANCE]
 
 
+def _plain(text: str) -> str:
+    """The text as a file can hold it: line breaks become spaces, so that a row is a line and a missing newline shows.
+
+    What is not UTF-8, in a path say, becomes escapes; what is longer than a CSV reader's field is cut.
+    """
+    text = re.sub(r"[\r\n\0]+", " ", text).encode(errors="backslashreplace").decode()
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ... ({len(text)} characters)"
+
+
 def _line(values: Iterable[Any]) -> str:
-    """One CSV line; a value's line breaks become spaces, so that a row is a line and a missing newline shows."""
+    """One CSV line."""
     buffer = io.StringIO()
-    texts = ("" if value is None else re.sub(r"[\r\n\0]+", " ", str(value)) for value in values)
+    texts = ("" if value is None else _plain(str(value)) for value in values)
     csv.writer(buffer, lineterminator="\n").writerow(texts)
     return buffer.getvalue()
 
@@ -210,6 +250,27 @@ def latest(rows: Iterable[Row]) -> list[Row]:
     return [row for key, row in kept.items() if key.data_fingerprint or key.unknown() not in known]
 
 
+def check_writable(path: Path, folder: Path) -> None:
+    """Find out before the long work whether a file can be written at `path`, in `folder`, which is made.
+
+    Raises:
+        IasvitError: it cannot be written, or its name is not UTF-8 or too long.
+    """
+    trial = path.with_name(f"{path.name}.try")
+    try:
+        str(path.absolute()).encode()
+        folder.mkdir(parents=True, exist_ok=True)
+        with replacing(trial) as beside:  # whose name is the longest that will be written
+            beside.touch()
+        trial.unlink()
+    except UnicodeEncodeError:
+        raise IasvitError(f"folder {shown(str(folder))} is not UTF-8; choose another one") from None
+    except OSError as error:
+        raise StorageError(
+            f"folder {shown(str(folder))} cannot be written: {reason(error)}; choose another one"
+        ) from error
+
+
 def warn(message: str) -> None:
     """Print a warning on standard error."""
     print(f"warning: {message}", file=sys.stderr)
@@ -238,7 +299,11 @@ class ResultStore:
 
     def rows(self) -> pd.DataFrame:
         """The rows of all files as a table, the latest of those with equal keys; a value that is missing is NaN."""
-        found = [row for path in sorted(self.folder.glob("*.csv")) for row in self._rows(path)]
+        try:
+            paths = sorted(self.folder.glob("*.csv"))
+        except OSError as error:
+            raise IasvitError(f"{shown(str(self.folder))} cannot be read: {reason(error)}") from error
+        found = [row for path in paths for row in self._rows(path)]
         return pd.DataFrame(latest(found), columns=_columns(*found))
 
     def find(self, key: Key) -> Row | None:
@@ -252,6 +317,22 @@ class ResultStore:
         """Whether the cell was measured; one that failed was not, and a rerun tries it again."""
         row = self.find(key)
         return row is not None and row["status"] == "ok"
+
+    def check(self, task: str, dataset: str) -> None:
+        """Find out before the long work whether rows of a task on a data set can be stored; no file is left.
+
+        Raises:
+            IasvitError: the folder or the file cannot be written, its name is not UTF-8 or too long, or it holds
+                something else.
+        """
+        path = self.path(task, dataset)
+        check_writable(path, self.folder)
+        try:
+            if path.exists():
+                with _locked(path) as file:
+                    _header(file, path)
+        except OSError as error:
+            raise StorageError(f"{path} cannot be written: {reason(error)}; choose another folder") from error
 
     def append(self, row: Row) -> None:
         """Add a row: all of it or, where that fails, nothing.
@@ -289,6 +370,8 @@ class ResultStore:
             stat = path.stat()
         except (FileNotFoundError, NotADirectoryError):
             return []
+        except OSError as error:
+            raise IasvitError(f"{shown(str(path))} cannot be read: {reason(error)}") from error
         state = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
         if path not in self._read or self._read[path][0] != state:
             rows, problems = read_rows(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ class Metric:
             column fp_<name>.
         standard_error: name of the metric that is its standard error from the size of the split; "" for none.
         counts: whether it counts what was left out (unreadable images), and is said in words where it is not 0.
+        minimum, maximum: what a value lies between, both included; a published value that does not is refused.
     """
 
     name: str
@@ -45,6 +47,17 @@ class Metric:
     primary: bool = False
     standard_error: str = ""
     counts: bool = False
+    minimum: float = -math.inf
+    maximum: float = math.inf
+
+    @property
+    def range(self) -> str:
+        """What a value is, in words."""
+        if math.isfinite(self.minimum) and math.isfinite(self.maximum):
+            return f"a number from {self.minimum:g} to {self.maximum:g}"
+        if math.isfinite(self.minimum):
+            return f"a finite number of at least {self.minimum:g}"
+        return f"a finite number of at most {self.maximum:g}" if math.isfinite(self.maximum) else "a finite number"
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from iasvit.calibration.store import (
     calibration_store,
     default_memory_budget,
     first_images,
+    looked_at,
     tensors,
 )
 
@@ -34,5 +35,6 @@ __all__ = [
     "default_memory_budget",
     "enabled",
     "first_images",
+    "looked_at",
     "tensors",
 ]

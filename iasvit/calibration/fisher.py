@@ -67,7 +67,7 @@ def captures(
     """
     quantizers = [q for weights in (True, False) for q in quantizers_of(model, weights=weights)]
     adapter = adapter_for(model)
-    chain = adapter.segments(model)
+    chain = adapter.chain(model)
     with enabled(quantizers, False):
         if labels is None:
             for segment in chain:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import nn
@@ -13,6 +13,7 @@ from iasvit.calibration.scale_search import CosineDistance, HessianGuided, Metri
 from iasvit.errors import IasvitError
 from iasvit.methods import Calibration
 from iasvit.models import Site, prepare
+from iasvit.options import Range, check_fields
 from iasvit.progress import Progress
 from iasvit.quantizers import Quantizer
 from iasvit.spec import QuantSpec
@@ -32,21 +33,23 @@ class ScaleSearch(ABC):
         init_size: calibration images used.
     """
 
-    candidates: int = 100
-    low: float = 0.01
-    high: float = 1.2
-    rounds: int = 1
+    candidates: Annotated[int, Range(1, 100_000)] = 100
+    low: Annotated[float, Range(above=0)] = 0.01
+    high: Annotated[float, Range(above=0)] = 1.2
+    rounds: Annotated[int, Range(1)] = 1
     seed: int = 0
-    init_size: int = 32
+    init_size: Annotated[int, Range(1)] = 32
 
     metric: ClassVar[type[Metric]]
 
     def __post_init__(self) -> None:
-        for option in ("candidates", "rounds", "init_size"):
-            if getattr(self, option) < 1:
-                raise IasvitError(f"{option} is {getattr(self, option)}, but it must be 1 or more")
-        if not 0 < self.low <= self.high:
-            raise IasvitError(f"low and high are {self.low} and {self.high}, but must be above 0 and in this order")
+        check_fields(self)
+        if self.low > self.high:
+            raise IasvitError(f"low is {self.low} and high {self.high}, but low must not be the larger")
+
+    def images_used(self, calib_size: int) -> int:
+        """See `iasvit.methods.Method`; the first `init_size`."""
+        return min(self.init_size, calib_size)
 
     def quantize(self, model: nn.Module, calibration: Calibration, spec: QuantSpec, progress: Progress) -> nn.Module:
         """See `iasvit.methods.Method`."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from iasvit.errors import IasvitError
 from iasvit.methods import Calibration
 from iasvit.models import Activation
+from iasvit.scratch import Scratch
 
 BUDGET_VARIABLE = "IASVIT_STORE_MIB"
 
@@ -78,7 +79,7 @@ class ActivationStore:
         self._batches: list[Tensor | _FileBatch] = []
         self._locations: list[tuple[int, int]] = []  # image → (batch, row)
         self._held = 0
-        self._spill: tempfile.TemporaryDirectory[str] | None = None
+        self._spill: Scratch | None = None
 
     def __len__(self) -> int:
         return len(self._locations)
@@ -96,8 +97,8 @@ class ActivationStore:
 
     def _spilled(self, batch: Tensor) -> _FileBatch:
         if self._spill is None:
-            self._spill = tempfile.TemporaryDirectory(prefix="iasvit-", dir=self.folder)
-        return _FileBatch(Path(self._spill.name) / f"{len(self._batches)}.bin", batch)
+            self._spill = Scratch("activations-", self.folder)
+        return _FileBatch(self._spill.path / f"{len(self._batches)}.bin", batch)
 
     @property
     def held(self) -> int:
@@ -299,8 +300,7 @@ def calibration_store(
     batches: Iterable[Tensor] = calibration.split(64) if isinstance(calibration, Tensor) else calibration
     store = ActivationStore(default_memory_budget(device) if memory_budget is None else memory_budget)
     for batch in batches:
-        if not isinstance(batch, Tensor) or batch.ndim != 4 or not batch.is_floating_point():
-            raise IasvitError("calibration is not made of float tensors N×3×H×W; give images as the model takes them")
+        check_batch(batch)
         if not torch.isfinite(batch).all():
             raise IasvitError("calibration images hold NaN or Inf; give normalised, finite images")
         store.append(batch[: None if limit is None else limit - len(store)].to(device, torch.float32))
@@ -309,6 +309,47 @@ def calibration_store(
     if not len(store):
         raise IasvitError("calibration holds no image; give at least one")
     return store
+
+
+def check_batch(batch: object) -> None:
+    """Raise IasvitError unless a batch of calibration images is a float tensor of four dimensions."""
+    if not isinstance(batch, Tensor) or batch.ndim != 4 or not batch.is_floating_point():
+        raise IasvitError("calibration is not made of float tensors N×3×H×W; give images as the model takes them")
+
+
+def looked_at(calibration: Calibration, check: Callable[[Tensor], None]) -> tuple[Tensor, Calibration]:
+    """The first calibration image, 1×3×H×W, and all of them, whose sizes are checked when they are read.
+
+    Args:
+        calibration: see `iasvit.quantize`.
+        check: called with one image of each size beyond the first.
+
+    Returns:
+        The image; and a tensor as it was given, else an iterator of the same batches.
+
+    Raises:
+        IasvitError: there is no image, or a batch is no 4-dimensional float tensor.
+    """
+    if not isinstance(calibration, Iterable):
+        raise IasvitError(f"calibration is a {type(calibration).__name__}; give images as a tensor or batches of them")
+    sizes: set[tuple[int, ...]] = set()
+
+    def checked(batches: Iterable[Tensor]) -> Iterator[Tensor]:
+        for batch in batches:
+            check_batch(batch)
+            if len(batch) and batch.shape[1:] not in sizes:
+                if sizes:
+                    check(batch[:1])
+                sizes.add(batch.shape[1:])
+            yield batch
+
+    batches = checked([calibration] if isinstance(calibration, Tensor) else calibration)
+    read: list[Tensor] = []
+    for batch in batches:
+        read.append(batch)
+        if len(batch):
+            return batch[:1], calibration if isinstance(calibration, Tensor) else chain(read, batches)
+    raise IasvitError("calibration holds no image; give at least one")
 
 
 def first_images(calibration: Calibration, count: int, device: torch.device) -> Tensor:

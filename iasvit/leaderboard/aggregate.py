@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
@@ -12,6 +15,7 @@ from iasvit.benchmark.task import REAL, Metric
 from iasvit.leaderboard.cells import TABLE, add_published, aggregate, cells_as_data, labelled, row_columns
 from iasvit.leaderboard.markdown import MARKS, MISSING, Document, escape, grid, slug
 from iasvit.leaderboard.metrics import further, model_order, task_metrics
+from iasvit.progress import fingerprint as digest
 
 _COST = {  # column → heading
     "calibration_seconds": "calibration s",
@@ -64,7 +68,18 @@ def measured_documents(rows: Iterable[Row], published: pd.DataFrame | None = Non
         papers = published is not None and kind == REAL and dataset == task
         values = published[published["task"] == task] if papers else None
         documents.append(_document(name, (task, dataset, spec), kind, group, values))
-    return documents
+    return _with_own_names(documents)
+
+
+def _with_own_names(documents: list[Document]) -> list[Document]:
+    """The documents; those whose names would be the same for all that a file name leaves out get a digest each."""
+    counts = Counter(document.name for document in documents)
+    return [
+        replace(document, name=f"{document.name}-{digest(document.kind, *(document.identity or ()))[:8]}")
+        if counts[document.name] > 1
+        else document
+        for document in documents
+    ]
 
 
 def _document(
@@ -173,7 +188,9 @@ def _bullets(notes: Iterable[str]) -> str:
 
 def _commands(rows: pd.DataFrame) -> str:
     first = rows.sort_values("time", kind="stable")["command"].drop_duplicates()
-    return "\n".join(["Measured by", "", "```sh", *first, "```"])
+    longest = max((len(ticks) for command in first for ticks in re.findall("`+", command)), default=0)
+    fence = "`" * max(3, longest + 1)  # a command that holds a fence does not end this one
+    return "\n".join(["Measured by", "", f"{fence}sh", *first, fence])
 
 
 def _details(cells: pd.DataFrame, size: str, metrics: Iterable[Metric], order: Sequence[str]) -> str:

@@ -60,7 +60,9 @@ def row_columns(rows: pd.DataFrame) -> list[str]:
 
 def _settings(row: Row) -> str:
     options = f";{row['options']}" if row["options"] else ""
-    return f"calib_size={row['calib_size']}{options}"
+    used = row.get("calib_used")
+    size = row["calib_size"] if used is None or used == row["calib_size"] else f"{used} of {row['calib_size']}"
+    return f"calib_size={size}{options}"
 
 
 def _distinguish(settings: pd.Series) -> pd.Series:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from iasvit.errors import IasvitError
 from iasvit.leaderboard.markdown import MARKS, PUBLISHED, Document, escape, grid, slug
 from iasvit.leaderboard.metrics import model_order, task_metrics
+from iasvit.spec import FULL_PRECISION
 
 PUBLISHED_COLUMNS = ("task", "model", "method", "w_bits", "a_bits", "metric", "value", "source")
 
@@ -17,8 +19,8 @@ def read_published(path: Path) -> pd.DataFrame:
     """Published values, columns PUBLISHED_COLUMNS; an empty table where there is no file.
 
     Raises:
-        IasvitError: a column is missing, bits are no whole number from 1 to 32, a value is no finite number, a line
-            names no source, or two lines give the same number.
+        IasvitError: a column is missing, bits are no whole number from 1 to 32, a value is not finite or not what its
+            metric's declaration allows, a line names no source, or two lines give the same number.
     """
     if not path.is_file():
         return pd.DataFrame(columns=list(PUBLISHED_COLUMNS))
@@ -28,14 +30,22 @@ def read_published(path: Path) -> pd.DataFrame:
         raise IasvitError(f"{path} cannot be read as CSV: {error}") from error
     if missing := [name for name in PUBLISHED_COLUMNS if name not in frame]:
         raise IasvitError(f"{path} has no column {missing[0]!r}; columns are {', '.join(PUBLISHED_COLUMNS)}")
-    for name in ("w_bits", "a_bits", "value"):
+    for name in ("w_bits", "a_bits"):
         numbers = pd.to_numeric(frame[name], errors="coerce")
-        sound, expected = numbers.abs() < float("inf"), "a number"
-        if name != "value":
-            sound, expected = numbers.between(1, 32) & (numbers % 1 == 0), "1 to 32"
-        for line in frame.index[~sound]:
-            raise IasvitError(f"{path} line {line + 2}: {name} is {frame[name][line]!r}, but {expected} is expected")
-        frame[name] = numbers if name == "value" else numbers.astype(int)
+        for line in frame.index[~(numbers.between(1, FULL_PRECISION) & (numbers % 1 == 0))]:
+            raise IasvitError(
+                f"{path} line {line + 2}: {name} is {frame[name][line]!r}, but 1 to {FULL_PRECISION} is expected"
+            )
+        frame[name] = numbers.astype(int)
+    values = pd.to_numeric(frame["value"], errors="coerce")
+    for (task, name), group in frame.groupby(["task", "metric"]):
+        (metric,) = task_metrics(task, [f"fp_{name}"])
+        allowed = values[group.index].between(metric.minimum, metric.maximum) & np.isfinite(values[group.index])
+        for line in group.index[~allowed]:
+            raise IasvitError(
+                f"{path} line {line + 2}: value is {frame['value'][line]!r}, but {metric.range} is expected of {name}"
+            )
+    frame["value"] = values
     for line in frame.index[frame["source"].str.strip() == ""]:
         raise IasvitError(f"{path} line {line + 2} names no source")
     for line in frame.index[frame.duplicated(["task", "model", "method", "w_bits", "a_bits", "metric"])]:

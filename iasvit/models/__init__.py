@@ -4,7 +4,10 @@ A method sees what an adapter returns (`Segment`, `NormLinearPair`, `Site`), nev
 """
 
 from iasvit.models.base import Activation, Adapter, Inserter, NormLinearPair, Segment, Site
+from iasvit.models.check import check_chain, check_size, why_not_saved
+from iasvit.models.plain import check_parameters, plain, unwrap
 from iasvit.models.registry import (
+    INCOMPLETE,
     adapter_for,
     build,
     describe,
@@ -16,6 +19,7 @@ from iasvit.models.registry import (
 )
 
 __all__ = [
+    "INCOMPLETE",
     "Activation",
     "Adapter",
     "Inserter",
@@ -24,10 +28,16 @@ __all__ = [
     "Site",
     "adapter_for",
     "build",
+    "check_chain",
+    "check_parameters",
+    "check_size",
     "describe",
     "find_pairs",
     "insert_quantizers",
     "list_families",
+    "plain",
     "prepare",
     "segments",
+    "unwrap",
+    "why_not_saved",
 ]

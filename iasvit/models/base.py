@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from iasvit.errors import IasvitError
+from iasvit.models.chain import with_hooks
 from iasvit.models.likelihood import label_gradient
 from iasvit.nn import QuantConv2d, QuantLayer, QuantLinear
 from iasvit.quantizers import Quantizer
@@ -115,7 +116,26 @@ class Adapter(ABC):
 
     @abstractmethod
     def segments(self, model: nn.Module) -> list[Segment]:
-        """The chain of segments that computes model(images), of a float or quantizable model."""
+        """The segments of a float or quantizable model; hooks of the model itself apart, they compute model(images)."""
+
+    def chain(self, model: nn.Module) -> list[Segment]:
+        """The chain that computes model(images): `segments`, with the model's hooks at its ends."""
+        return with_hooks(model, self.segments(model))
+
+    def run_whole(self, model: nn.Module, images: Tensor) -> Activation:
+        """What the model, called as its user calls it, makes of images: `run_chain` must give the same."""
+        return model(images)
+
+    def run_chain(self, model: nn.Module, images: Tensor) -> Activation:
+        """What the chain of segments makes of images (B, C, H, W)."""
+        x: Activation = images
+        for segment in self.chain(model):
+            x = segment.run(x)
+        return x
+
+    def data(self, model: nn.Module) -> dict[str, Any]:
+        """What is known of the images that the model takes, in the terms of timm's `resolve_data_config`."""
+        return {}
 
     def pairs(self, model: nn.Module) -> list[NormLinearPair]:
         """LayerNorm→Linear pairs of a quantizable model; none unless the family says which."""
@@ -137,7 +157,7 @@ class Adapter(ABC):
         Raises:
             IasvitError: the last segment puts out no table of logits, or NaN or Inf.
         """
-        logits = self.segments(model)[-1].run(inputs)
+        logits = self.chain(model)[-1].run(inputs)
         return (logits * label_gradient(logits, generator)).sum(dim=1)
 
     @abstractmethod
@@ -147,6 +167,13 @@ class Adapter(ABC):
     @abstractmethod
     def build(self, description: dict[str, Any]) -> nn.Module:
         """See `describe`."""
+
+
+def class_name(module: object) -> str:
+    """A class's name for messages; with its module's where it is called as one of torch.nn's and is another."""
+    cls = type(module)
+    alike = getattr(nn, cls.__name__, cls) is not cls
+    return f"{cls.__module__}.{cls.__qualname__}" if alike else cls.__name__
 
 
 QuantizerFactory = Callable[[Site], Quantizer]
@@ -174,9 +201,7 @@ class Inserter:
         module = getattr(parent, attribute)
         kinds = {nn.Linear: QuantLinear, nn.Conv2d: QuantConv2d}
         if type(module) not in kinds:
-            raise IasvitError(
-                f"module {name!r} is a {type(module).__name__}; a plain Linear or Conv2d can be quantized"
-            )
+            raise IasvitError(f"module {name!r} is a {class_name(module)}; a plain Linear or Conv2d can be quantized")
         weight_quantizer = self.weight(Site(name, "weight", w_bits, module, groups))
         input_quantizer = None if role is None else self.activation(Site(name, role, a_bits, module))
         setattr(parent, attribute, kinds[type(module)].from_float(module, weight_quantizer, input_quantizer))

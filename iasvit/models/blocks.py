@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import timm.layers
+from timm.data import resolve_data_config
 from timm.layers import Mlp
 from torch import nn
 
 from iasvit.errors import IasvitError
 from iasvit.models.attention import explicit_attention
-from iasvit.models.base import Inserter, NormLinearPair
+from iasvit.models.base import Inserter, NormLinearPair, class_name
 from iasvit.nn import QuantMatMul
 
 
@@ -73,6 +76,19 @@ def set_eps(model: nn.Module, eps: float) -> None:
             module.eps = eps
 
 
+def data_config(model: nn.Module, description: dict[str, Any]) -> dict[str, Any]:
+    """timm's `resolve_data_config` of a model, with the size of images that the model itself has."""
+    known = {key: value for key, value in resolve_data_config(model=model).items() if value is not None}
+    return {**known, "input_size": (description["in_chans"], *description["img_size"])}
+
+
+def head_facts(fc: nn.Module) -> dict[str, Any]:
+    """What descriptions say of the last layer, a Linear or, where there is none, an Identity."""
+    if not isinstance(fc, nn.Linear):
+        return {"num_classes": 0}
+    return {"num_classes": fc.out_features} | ({} if fc.bias is not None else {"head_bias": False})
+
+
 def activation_class(name: str) -> type[nn.Module]:
     """The activation of this class name, from torch.nn or timm.layers.
 
@@ -88,4 +104,4 @@ def activation_class(name: str) -> type[nn.Module]:
 def require(condition: bool, name: str, module: object, expected: str) -> None:
     """Raise IasvitError, naming a module that is not supported, unless the condition holds."""
     if not condition:
-        raise IasvitError(f"module {name!r} is a {type(module).__name__}, which is not supported; expected {expected}")
+        raise IasvitError(f"module {name!r} is a {class_name(module)}, which is not supported; expected {expected}")

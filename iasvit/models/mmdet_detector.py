@@ -15,6 +15,7 @@ from mmcv.cnn.bricks.wrappers import Conv2d, Linear
 from mmdet.models.backbones.swin import ShiftWindowMSA, SwinBlock, SwinTransformer, WindowMSA
 from mmdet.models.detectors import TwoStageDetector
 from mmdet.models.layers import PatchEmbed, PatchMerging
+from mmdet.structures import DetDataSample
 from mmengine.config import ConfigDict
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -24,7 +25,7 @@ from iasvit.models.attention import explicit_attention
 from iasvit.models.base import Adapter, Inserter, NormLinearPair, Segment
 from iasvit.models.blocks import require
 from iasvit.models.likelihood import label_gradient
-from iasvit.models.mmdet_heads import Component, check_heads, flat, label_scores, run_heads
+from iasvit.models.mmdet_heads import Component, check_heads, fixed_answers, flat, label_scores, meta_of, run_heads
 from iasvit.nn import QuantMatMul
 
 HEADS = ("neck", "rpn_head", "roi_head")
@@ -78,6 +79,27 @@ class DetectorAdapter(Adapter):
             *(Segment(name, _run(backbone, name, module), ((name, module),)) for name, module in _links(backbone)),
             Segment("heads", lambda maps: flat(_heads(model, maps), len(maps[0])), heads, reconstruct=False),
         ]
+
+    def run_whole(self, model: TwoStageDetector, images: Tensor) -> tuple[Tensor, ...]:
+        """What heads make of the features that the neck puts out while the detector predicts: `fixed_answers`."""
+        _check(model)
+        seen: list[tuple[Tensor, ...]] = []
+        handle = model.neck.register_forward_hook(lambda _module, _args, output: seen.append(output))
+        size = tuple(images.shape[2:])
+        try:
+            model(images, [DetDataSample(metainfo=meta_of(size)) for _ in images], mode="predict")
+        finally:
+            handle.remove()
+        if not seen:
+            raise IasvitError(f"the {type(model).__name__} given predicts without its neck, which is not supported")
+        return fixed_answers(model, seen[0], size)
+
+    def run_chain(self, model: TwoStageDetector, images: Tensor) -> tuple[Tensor, ...]:
+        """See `run_whole`; of the chain without its last segment."""
+        maps: Any = images
+        for segment in self.chain(model)[:-1]:
+            maps = segment.run(maps)
+        return fixed_answers(model, *_features(model, maps))
 
     def log_likelihood(self, model: TwoStageDetector, inputs: Maps, generator: torch.Generator) -> Tensor:
         """See `Adapter`: of labels for objectness, classes, boxes and masks alike; `mmdet_heads.label_scores`."""
@@ -246,6 +268,11 @@ def _run(backbone: SwinTransformer, name: str, module: nn.Module) -> Callable[[M
 
 def _heads(model: TwoStageDetector, maps: Maps) -> list[Component]:
     """What neck and heads make of what the backbone's last segment hands on."""
+    return run_heads(model, *_features(model, maps))
+
+
+def _features(model: TwoStageDetector, maps: Maps) -> tuple[tuple[Tensor, ...], tuple[int, int]]:
+    """What the neck makes of what the backbone's last segment hands on, and height and width of the images."""
     backbone = model.backbone
     x, *kept = maps
     if len(backbone.stages) - 1 in backbone.out_indices:
@@ -257,7 +284,7 @@ def _heads(model: TwoStageDetector, maps: Maps) -> list[Component]:
     for stage in range(min(backbone.out_indices)):
         stride *= backbone.stages[stage].downsample.sampler.stride[0]
     size = (stride * outputs[0].shape[2], stride * outputs[0].shape[3])
-    return run_heads(model, model.neck(tuple(outputs)), size)
+    return model.neck(tuple(outputs)), size
 
 
 # ---- what a quantizable detector answers -----------------------------------------------------------------------------

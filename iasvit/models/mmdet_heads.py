@@ -78,7 +78,7 @@ def run_heads(detector: TwoStageDetector, features: Sequence[Tensor], size: tupl
         Outputs with their gradients: the RPN's, each box stage's, each mask stage's.
     """
     count = len(features[0])
-    metas = [_meta(size) for _ in range(count)]
+    metas = [meta_of(size) for _ in range(count)]
     scores, offsets = detector.rpn_head(features)
     components = _rpn_components(detector.rpn_head, scores, offsets)
     with torch.no_grad():
@@ -123,6 +123,23 @@ def run_heads(detector: TwoStageDetector, features: Sequence[Tensor], size: tupl
         masks = _stage(roi_head, roi_head._mask_forward, stage, features, rois)["mask_preds"]
         components.append(_mask_component(masks, labels, rois, _stage_weight(roi_head, stage)))
     return components
+
+
+def fixed_answers(detector: TwoStageDetector, features: Sequence[Tensor], size: tuple[int, int]) -> tuple[Tensor, ...]:
+    """The neck's features and what the heads put out for them, of one region an image: its whole area.
+
+    No region is chosen by what is computed, so that rounding changes each output by as little as it should.
+    """
+    scores, offsets = detector.rpn_head(features)
+    roi_head = detector.roi_head
+    rois = bbox2roi([features[0].new_tensor([[0.0, 0.0, size[1], size[0]]]) for _ in range(len(features[0]))])
+    outputs = [*features, *scores, *offsets]
+    for stage, _ in enumerate(_heads(roi_head.bbox_head)):
+        out = _stage(roi_head, roi_head._bbox_forward, stage, features, rois)
+        outputs += [out["cls_score"], out["bbox_pred"]]
+    for stage, _ in enumerate(_heads(roi_head.mask_head) if roi_head.with_mask else ()):
+        outputs.append(_stage(roi_head, roi_head._mask_forward, stage, features, rois)["mask_preds"])
+    return tuple(outputs)
 
 
 def flat(components: Sequence[Component], count: int) -> Tensor:
@@ -170,7 +187,7 @@ def _stage_weight(roi_head: nn.Module, stage: int) -> float:
     return roi_head.stage_loss_weights[stage] if isinstance(roi_head, CascadeRoIHead) else 1.0
 
 
-def _meta(size: tuple[int, int]) -> dict[str, tuple[float, ...]]:
+def meta_of(size: tuple[int, int]) -> dict[str, tuple[float, ...]]:
     shapes = dict.fromkeys(("img_shape", "ori_shape", "pad_shape", "batch_input_shape"), tuple(size))
     return {**shapes, "scale_factor": (1.0, 1.0)}
 

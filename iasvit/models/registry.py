@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from torch import nn
 
-from iasvit.errors import IasvitError
+from iasvit.errors import IasvitError, reason
 from iasvit.models.base import Adapter, Inserter, NormLinearPair, QuantizerFactory, Segment
+from iasvit.models.plain import copy_of
 from iasvit.nn import QuantConv2d, QuantLinear
 from iasvit.plugins import load
 from iasvit.spec import QuantSpec
 
 GROUP = "iasvit.models"
+INCOMPLETE = "incomplete"  # a key of descriptions that miss something of their model: what is known of it
 
 
 def _entries() -> list[EntryPoint]:
@@ -61,7 +64,7 @@ def prepare(model: nn.Module, spec: QuantSpec, weight: QuantizerFactory, activat
     Raises:
         IasvitError: as `insert_quantizers`.
     """
-    return insert_quantizers(copy.deepcopy(model), spec, weight, activation).requires_grad_(False)
+    return insert_quantizers(copy_of(model), spec, weight, activation).requires_grad_(False)
 
 
 def insert_quantizers(
@@ -83,7 +86,9 @@ def insert_quantizers(
     """
     inserter = Inserter(spec, weight, activation)
     device = next(model.parameters()).device
-    adapter_for(model).insert(model, inserter)
+    adapter = adapter_for(model)
+    with _complete(model):
+        adapter.insert(model, inserter)
     model.to(device)  # quantizers too, although empty: a state that a checkpoint restores goes where they are
     spec.check_overrides(inserter.names)
     for name, module in model.named_modules():
@@ -116,20 +121,40 @@ def find_pairs(model: nn.Module, under: str = "") -> list[NormLinearPair]:
 
 def segments(model: nn.Module) -> list[Segment]:
     """The chain of segments that computes model(images)."""
-    return adapter_for(model).segments(model)
+    adapter = adapter_for(model)
+    with _complete(model):
+        return adapter.chain(model)
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
     """JSON types from which `build` makes a model of the same architecture."""
-    return {"adapter": type(adapter_for(model)).__name__, **adapter_for(model).describe(model)}
+    adapter = adapter_for(model)
+    with _complete(model):
+        return {"adapter": type(adapter).__name__, **adapter.describe(model)}
+
+
+@contextmanager
+def _complete(model: nn.Module) -> Iterator[None]:
+    """Name a part that a model lacks, or that is of no use to its adapter, in an IasvitError."""
+    try:
+        yield
+    except IasvitError:
+        raise
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise IasvitError(
+            f"the {type(model).__name__} given lacks a part that its family has ({reason(error)}); give a model with "
+            "the modules of its family"
+        ) from error
 
 
 def build(description: dict[str, Any]) -> nn.Module:
     """A model of random weights from what `describe` returned, in eval mode.
 
     Raises:
-        IasvitError: the description names no adapter that exists here.
+        IasvitError: the description names no adapter that exists here, or says itself that it is incomplete.
     """
+    if INCOMPLETE in description:
+        raise IasvitError(f"no model can be built by its description: {description[INCOMPLETE]}")
     arguments = dict(description)
     name = arguments.pop("adapter", None)
     for entry in _entries():

@@ -6,11 +6,21 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, WindowAttention
+from timm.layers import ClassifierHead
+from timm.models.swin_transformer import PatchMerging, SwinTransformer, SwinTransformerBlock, WindowAttention
 from torch import Tensor, nn
 
 from iasvit.models.base import Adapter, Inserter, NormLinearPair, Segment
-from iasvit.models.blocks import block_pairs, check_block, insert_block, mlp_ratio, set_eps
+from iasvit.models.blocks import (
+    block_pairs,
+    check_block,
+    data_config,
+    head_facts,
+    insert_block,
+    mlp_ratio,
+    require,
+    set_eps,
+)
 
 
 class SwinAdapter(Adapter):
@@ -34,8 +44,9 @@ class SwinAdapter(Adapter):
                 if dynamic or any(side % window for side, window in sizes):
                     module.__class__ = _FilledWindows
                     module.register_buffer("padding", torch.zeros_like(module.norm1.bias))
-        if isinstance(model.head.fc, nn.Linear):
-            inserter.layer(model, "head.fc", "input")
+        head, fc = _head(model)
+        if isinstance(fc, nn.Linear):
+            inserter.layer(model, head, "input")
 
     def pairs(self, model: SwinTransformer) -> list[NormLinearPair]:
         """norm1→qkv and norm2→fc1 of every block, and norm→reduction of every patch merging."""
@@ -57,18 +68,24 @@ class SwinAdapter(Adapter):
         ]
 
     def describe(self, model: SwinTransformer) -> dict[str, Any]:
-        """Constructor arguments of an equal model."""
+        """Constructor arguments of an equal model; head_bias False where its head has none, and bare_head True where
+        a Linear stands in place of timm's head: without pooling, as it is then.
+        """
         for prefix, module in _links(model):
-            if not prefix.endswith("downsample"):
+            if prefix.endswith("downsample"):
+                require(type(module) is PatchMerging, prefix, module, PatchMerging.__name__)
+            else:
                 check_block(module, prefix, SwinTransformerBlock, WindowAttention)
+        head, fc = _head(model)
         blocks = [stage.blocks[0] for stage in model.layers]
         return {
             "class": "SwinTransformer",
             "img_size": list(model.patch_embed.img_size),
             "patch_size": model.patch_embed.patch_size[0],
             "in_chans": model.patch_embed.proj.in_channels,
-            "num_classes": model.num_classes,
-            "global_pool": model.global_pool,
+            **head_facts(fc),
+            "global_pool": "" if head == "head" else model.head.global_pool.pool_type,
+            **({"bare_head": True} if head == "head" and isinstance(fc, nn.Linear) else {}),
             "embed_dim": model.patch_embed.proj.out_channels,
             "depths": [len(stage.blocks) for stage in model.layers],
             "num_heads": [block.attn.num_heads for block in blocks],
@@ -95,12 +112,21 @@ class SwinAdapter(Adapter):
         eps, stages = arguments.pop("eps"), arguments.pop("stages")
         for name in ("img_size", "depths", "num_heads", "head_dim", "mlp_ratio"):
             arguments[name] = tuple(arguments[name])
+        head_bias, bare_head = arguments.pop("head_bias", True), arguments.pop("bare_head", False)
         window_size = tuple(stages[0]["window_size"])
         model = SwinTransformer(**arguments, window_size=window_size, weight_init="skip")
         for stage, sizes in zip(model.layers, stages, strict=True):  # windows may differ from stage to stage
             stage.set_input_size(tuple(sizes["feat_size"]), tuple(sizes["window_size"]), sizes["always_partition"])
+        if not head_bias:
+            model.head.fc.bias = None
+        if bare_head:
+            model.head = model.head.fc
         set_eps(model, eps)
         return model
+
+    def data(self, model: SwinTransformer) -> dict[str, Any]:
+        """See `Adapter`."""
+        return data_config(model, self.describe(model))
 
 
 class _FilledWindows(SwinTransformerBlock):
@@ -119,6 +145,11 @@ class _FilledWindows(SwinTransformerBlock):
         filled[:, :height, :width] = x.roll((-shift[0], -shift[1]), dims=(1, 2))
         output = super()._attn(filled.roll(shift, dims=(1, 2))).roll((-shift[0], -shift[1]), dims=(1, 2))
         return output[:, :height, :width].roll(shift, dims=(1, 2))
+
+
+def _head(model: SwinTransformer) -> tuple[str, nn.Module]:
+    """Path and module of the last layer: in timm's head, or what a user has put in its place."""
+    return ("head.fc", model.head.fc) if isinstance(model.head, ClassifierHead) else ("head", model.head)
 
 
 def _links(model: SwinTransformer) -> list[tuple[str, nn.Module]]:

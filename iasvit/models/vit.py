@@ -10,7 +10,17 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
 from iasvit.models.base import Adapter, Inserter, NormLinearPair, Segment
-from iasvit.models.blocks import activation_class, block_pairs, check_block, insert_block, mlp_ratio, require, set_eps
+from iasvit.models.blocks import (
+    activation_class,
+    block_pairs,
+    check_block,
+    data_config,
+    head_facts,
+    insert_block,
+    mlp_ratio,
+    require,
+    set_eps,
+)
 
 
 class ViTAdapter(Adapter):
@@ -43,7 +53,8 @@ class ViTAdapter(Adapter):
         ]
 
     def describe(self, model: VisionTransformer) -> dict[str, Any]:
-        """Constructor arguments of an equal model."""
+        """Constructor arguments of an equal model, and head_bias False where its head has none."""
+        require(len(model.blocks) > 0, "blocks", model.blocks, "at least one block")
         for index, block in enumerate(model.blocks):
             check_block(block, f"blocks.{index}", Block, Attention)
         block = model.blocks[0]
@@ -56,12 +67,12 @@ class ViTAdapter(Adapter):
             "img_size": list(embed.img_size),
             "patch_size": list(embed.patch_size),
             "in_chans": embed.proj.in_channels,
-            "num_classes": model.num_classes,
+            **head_facts(model.head),
             "global_pool": model.global_pool,
-            "embed_dim": model.embed_dim,
+            "embed_dim": embed.proj.out_channels,
             "depth": len(model.blocks),
             "num_heads": block.attn.num_heads,
-            "mlp_ratio": mlp_ratio(block.mlp, model.embed_dim),
+            "mlp_ratio": mlp_ratio(block.mlp, embed.proj.out_channels),
             "qkv_bias": block.attn.qkv.bias is not None,
             "qk_norm": not isinstance(block.attn.q_norm, nn.Identity),
             "scale_attn_norm": not isinstance(block.attn.norm, nn.Identity),
@@ -87,13 +98,20 @@ class ViTAdapter(Adapter):
         classes = {cls.__name__: cls for cls in (VisionTransformer, VisionTransformerDistilled)}
         model_class = classes[arguments.pop("class")]
         eps, act = arguments.pop("eps"), arguments.pop("act")
+        head_bias = arguments.pop("head_bias", True)
         for name in ("img_size", "patch_size"):
             arguments[name] = tuple(arguments[name])
         if model_class is VisionTransformerDistilled:
             arguments["reg_tokens"] = 0
         model = model_class(**arguments, act_layer=activation_class(act), weight_init="skip")
+        for name in _heads(model) if not head_bias else ():
+            model.get_submodule(name).bias = None
         set_eps(model, eps)
         return model
+
+    def data(self, model: VisionTransformer) -> dict[str, Any]:
+        """See `Adapter`."""
+        return data_config(model, self.describe(model))
 
 
 def _heads(model: VisionTransformer) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -93,6 +94,15 @@ class Quantizer(nn.Module):
     def configure(self, config: dict[str, Any]) -> None:
         """Take over what `config` returned."""
         self.n_bits, self.enabled = config["n_bits"], config["enabled"]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Quantizer:
+        """Move to a device, or another dtype: half precision is refused, for codes of it would be others."""
+        dtype = fn(torch.empty(0, dtype=torch.float32, device="cpu")).dtype
+        if dtype.itemsize < 4:
+            raise IasvitError(
+                f"a quantized model stays in float32, but {dtype} is asked for; use torch.autocast instead"
+            )
+        return super()._apply(fn, recurse)
 
     # What a subclass writes. Codes are floats holding integers here: no gradient, no dtype changes in a hot path.
     def _calibrate(self, x: Tensor) -> None:

@@ -61,6 +61,8 @@ def run(
     if checkpoints is None and engine == "local":
         checkpoints = CHECKPOINT_ROOT
     plan = make_plan(planned, store, force=force, stale=stale, checkpoints=checkpoints)
+    for task, dataset in sorted({(key.task, key.dataset) for key in plan.keys}):
+        store.check(task, dataset)
     runner = make_engine(engine, address)
     try:
         check_room(runner, [part.grid for part in planned])

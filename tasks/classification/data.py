@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +14,7 @@ from timm.data import ImageNetInfo
 from torch import Tensor
 
 from iasvit.errors import IasvitError
+from iasvit.scratch import scratch
 from tasks.classification.folders import TRAIN_NAMES, UNREADABLE, VAL_NAMES, Batch, DataConfig, Photographs, spread
 from tasks.classification.image_files import Samples, entries, examples, list_images
 from tasks.fingerprint import fingerprint
@@ -159,20 +158,16 @@ def fetch_imagenette(root: Path) -> Path:
     folder = root / ImagenetteImages.FOLDER
     if folder.is_dir():
         return folder
-    partial = None
     try:
         root.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=".imagenette-", dir=root))
-        Imagenette(partial, split="val", size="160px", download=True)
-        os.replace(partial / ImagenetteImages.FOLDER, folder)  # only a whole one gets the name
+        with scratch("imagenette-", root) as partial:
+            Imagenette(partial, split="val", size="160px", download=True)
+            os.replace(partial / ImagenetteImages.FOLDER, folder)  # only a whole one gets the name
     except (OSError, RuntimeError) as error:
         raise IasvitError(
             f"Imagenette is not in {root} and could not be downloaded there ({error}); with no network, put its folder "
             f"{ImagenetteImages.FOLDER} there, or use --data mini"
         ) from None
-    finally:
-        if partial is not None:
-            shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 

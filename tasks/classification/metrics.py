@@ -15,12 +15,12 @@ from iasvit.benchmark.task import Metric
 from iasvit.errors import IasvitError
 
 CLASSIFICATION_METRICS = (
-    Metric("top1", primary=True, standard_error="top1_se"),
+    Metric("top1", primary=True, standard_error="top1_se", minimum=0, maximum=100),
     Metric("top1_se"),
-    Metric("top5", standard_error="top5_se"),
+    Metric("top5", standard_error="top5_se", minimum=0, maximum=100),
     Metric("top5_se"),
-    Metric("agreement"),
-    Metric("cosine", digits=4),
+    Metric("agreement", minimum=0, maximum=100),
+    Metric("cosine", digits=4, minimum=-1, maximum=1),
     Metric("unreadable", digits=0, higher_is_better=False, counts=True),
 )
 # Those that need no labels.

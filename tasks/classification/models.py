@@ -220,11 +220,11 @@ class MiniModels:
         from tasks.mini import hard, zoo
 
         self.check(name)
-        if self._checkpoint is None and self._pretrained:
-            return zoo.load(name, hard=self._hard)
-        model = zoo.build(name, seed=RANDOM_SEED)
         if self._checkpoint is not None:
+            model = zoo.build(name)
             fill(model, read_checkpoint(self._checkpoint), self._checkpoint)
+        else:
+            model = zoo.load(name) if self._pretrained else zoo.build(name, seed=RANDOM_SEED)
         return hard.harden(model, seed=0) if self._hard else model
 
     def config(self, name: str) -> DataConfig:

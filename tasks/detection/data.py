@@ -5,9 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import shutil
-import tempfile
-import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +15,7 @@ import torch
 from torch import Tensor
 
 from iasvit.errors import IasvitError
+from iasvit.scratch import Scratch
 from tasks.classification.folders import spread
 from tasks.classification.image_files import list_images
 from tasks.detection.annotations import read_annotations, some
@@ -211,8 +209,8 @@ class MiniCocoImages(CocoImages):
     def __init__(self, limit: int | None = None) -> None:
         from tasks.mini import detection
 
-        root = Path(tempfile.mkdtemp(prefix="iasvit-mini-coco-"))
-        self._finalizer = weakref.finalize(self, shutil.rmtree, root, ignore_errors=True)
+        self._folder = Scratch("mini-coco-")
+        root = self._folder.path
         detection.write(root, VAL, "val", detection.VAL_IMAGES)
         super().__init__(root, limit, workers=0)
 

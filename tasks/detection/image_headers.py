@@ -136,9 +136,9 @@ def read_as_stored(folder: Path, images: Sequence[Entry], annotations: Annotatio
         (turned, "are turned, since their width and height in the annotations are"),
         (either, f"of which the size does not tell are {'read as stored, as those' if follow else 'turned'}"),
     )
-    said = "; ".join(
+    message = "; ".join(
         f"{len(group)} {text} (such as {printable(group[0]['file_name'])})" for group, text in groups if group
     )
-    if said:
-        logger.warning("%s: images with an EXIF orientation: %s", folder, said)
+    if message:
+        logger.warning("%s: images with an EXIF orientation: %s", folder, message)
     return {image["id"] for image in (stored + either if follow else stored)}

@@ -6,9 +6,7 @@ import contextlib
 import copy
 import io
 import itertools
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +20,7 @@ from torch import nn
 
 from iasvit.errors import IasvitError, reason
 from iasvit.progress import Progress
+from iasvit.scratch import scratch
 from tasks.detection.mmdet_setup import prepare
 
 if TYPE_CHECKING:
@@ -128,14 +127,14 @@ def evaluate(
         "dataset": dataset,
     }
     with (
-        tempfile.TemporaryDirectory(prefix="iasvit-evaluation-") as folder,
+        scratch("evaluation-") as folder,
         progress.phase("evaluation", len(dataset)) as bar,
         contextlib.redirect_stdout(io.StringIO()),
         torch.random.fork_rng(),
     ):
         runner = _Evaluation(
             model=network,
-            work_dir=folder,
+            work_dir=str(folder),
             test_dataloader=loader,
             test_evaluator=Evaluator([metric]),
             test_cfg={},
@@ -143,7 +142,7 @@ def evaluate(
             custom_hooks=[_Bar(bar)],
             log_level="ERROR",
             default_scope="mmdet",
-            experiment_name=f"iasvit-{next(_numbers)}-{Path(folder).name}",
+            experiment_name=f"iasvit-{next(_numbers)}-{folder.name}",
         )
         try:
             measured = runner.test()

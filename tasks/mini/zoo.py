@@ -183,20 +183,14 @@ def load_weights(model: nn.Module, path: Path) -> nn.Module:
     return model
 
 
-def load(name: str, hard: bool = False, folder: Path | None = None) -> nn.Module:
+def load(name: str, folder: Path | None = None) -> nn.Module:
     """A trained mini backbone (fp32, eval(), on the CPU).
 
     Args:
         name: a key of MINI_BACKBONES.
-        hard: give it a real ViT's channel spread (mini-hard; see hard.py). The full-precision output is the same.
         folder: of the checkpoints; the repository's own unless given.
 
     Raises:
         IasvitError: no such backbone, no checkpoint of it, or one that does not fit.
     """
-    model = load_weights(build(name), checkpoint_path(name, folder))
-    if hard:
-        from tasks.mini.hard import harden
-
-        model = harden(model, seed=0)
-    return model
+    return load_weights(build(name), checkpoint_path(name, folder))

@@ -27,6 +27,7 @@ from iasvit.errors import IasvitError
 from iasvit.files import replacing
 from tasks.command import print_logs
 from tasks.mini import zoo
+from tasks.mini.hard import harden
 from tasks.mini.observation import SCENES, norm_linear_sites, observe, scene_images
 
 logger = logging.getLogger(__name__)
@@ -123,10 +124,9 @@ def main(arguments: list[str] | None = None) -> int:
             )
         for name in names:
             for variant in variants:
-                if variant == "untrained":
-                    model = zoo.build(name)
-                else:
-                    model = zoo.load(name, hard=variant == "hard", folder=options.checkpoints)
+                model = zoo.build(name) if variant == "untrained" else zoo.load(name, options.checkpoints)
+                if variant == "hard":
+                    model = harden(model, seed=0)
                 rows = measure(model, scene_images(model, "val", SCENES), f"mini {name}, {variant}, {SCENES} scenes")
                 write(rows, options.out)
                 print(summary(rows), flush=True)

@@ -11,13 +11,15 @@ import typer
 from torch import Tensor, nn
 
 import iasvit
+from iasvit.benchmark.results import check_writable
 from iasvit.cli import main, make_app
 from iasvit.errors import IasvitError
 from iasvit.inspection import layer_errors, quantizer_table, with_same_names
 from iasvit.leaderboard.plots import inspection
 from iasvit.methods import method_options
+from iasvit.spec import QuantSpec
 from tasks.classification.setup import find_source, make_setup
-from tasks.command import at_least, make_device, print_logs
+from tasks.command import at_least, make_cells, make_device, parse_options, print_logs
 from tasks.imagenet import ImageNetTask
 
 app = make_app()
@@ -40,12 +42,18 @@ def inspect(
     """Print ranges, channel spread, attention tail, quantizer, bits and error of every layer."""
     print_logs()
     at_least("--images", images, 1)
+    path = Path(target)
+    stem = f"inspect-{path.stem}"
+    if out is not None:
+        check_writable(out / f"{stem}.csv", out)
+    spec = QuantSpec.parse(bits)
+    given = parse_options([], {"iterations": iterations})
+    options = make_cells([target], [spec], [method], [seed], images, find_source(data).profile, given)[0].options
     task = ImageNetTask(
         make_setup(
             data, data_root, pretrained=pretrained, device=make_device(device), labels=not find_source(data).own_name
         )
     )
-    path = Path(target)
     if path.suffix == ".safetensors" or path.is_file():
         quantized = iasvit.load(path).to(task.device)
         x = _images_for(task, quantized, images, seed).to(task.device)
@@ -55,11 +63,8 @@ def inspect(
     else:
         model = task.load_model(target)
         x = task.calibration(target, images, seed).to(task.device)
-        options = {**find_source(data).profile.options(iasvit.QuantSpec.parse(bits)), "seed": seed}
-        if iterations is not None:
-            options["iterations"] = iterations
-        known = method_options(method)
-        quantized = iasvit.quantize(model, x, bits, method, **{k: v for k, v in options.items() if k in known})
+        seeded = {"seed": seed} if "seed" in method_options(method) else {}
+        quantized = iasvit.quantize(model, x, spec, method, **dict(options), **seeded)
         errors = pd.DataFrame(layer_errors(with_same_names(model), quantized, x))
         errors = errors[errors["kind"] != "block"].rename(columns={"own": "output_error", "streamed": "error_streamed"})
         table = quantizer_table(quantized, x).merge(errors.drop(columns="kind"), how="left", on="layer")
@@ -67,8 +72,6 @@ def inspect(
     print(f"{title}, {images} images of {data}\n")
     print(table.to_string(index=False, float_format=lambda value: f"{value:.4g}", na_rep=""))
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        stem = f"inspect-{path.stem}"
         table.to_csv(out / f"{stem}.csv", index=False, float_format="%.6g")
         (out / f"{stem}.svg").write_text(inspection(table, title), encoding="utf-8")
         print(f"\n{out / f'{stem}.csv'}\n{out / f'{stem}.svg'}")

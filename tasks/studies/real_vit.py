@@ -18,57 +18,29 @@ import shutil
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
-import timm
 import torch
-import torch.nn.functional as F
 import typer
 from PIL import Image
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
 
 from iasvit.cli import main, make_app
 from iasvit.errors import IasvitError
 from iasvit.progress import Progress
 from tasks.checkpoints import describe_file, fill, read_checkpoint
 from tasks.command import at_least, make_device
+from tasks.studies import real_vit_public
+from tasks.studies.real_vit_data import BATCH, CLASSES, Study, build, enlarge
 
-BACKBONE = "vit_small_patch14_dinov2"
-SIZE = 224
-CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-CALIBRATION, TEST = 1024, 1200
 WEIGHTS, PHOTOGRAPHS = "vit_s14.safetensors", "photographs.npz"
 SOURCE = Path("../shared/real-vit")
 RECORD = "real_vit.json"  # in a finished folder: what it was made of
-BATCH = 64
 
 app = make_app()
-
-
-@dataclass(frozen=True)
-class Study:
-    """What is written.
-
-    Attributes:
-        state: of `build`'s network, float32.
-        calibration: uint8 n×3×h×w.
-        test: uint8 m×3×h×w.
-        labels: int64 m, places in CLASSES.
-    """
-
-    state: dict[str, Tensor]
-    calibration: Tensor
-    test: Tensor
-    labels: Tensor
-
-
-def build() -> nn.Module:
-    """The network without trained weights, eval mode: images n×3×224×224 → logits n×10."""
-    return timm.create_model(BACKBONE, pretrained=False, num_classes=len(CLASSES), img_size=SIZE).eval()
 
 
 def read_source(folder: Path) -> Study:
@@ -102,12 +74,6 @@ def _dequantized(stored: dict[str, Tensor]) -> dict[str, Tensor]:
             scale = stored.get(f"{name}.scale")
             state[name] = value.float() if scale is None else value.float() * scale.view(-1, *[1] * (value.ndim - 1))
     return state
-
-
-def enlarge(images: Tensor) -> Tensor:
-    """uint8 n×3×h×w → uint8 n×224×224×3, bicubic."""
-    large = F.interpolate(images.float() / 255, size=(SIZE, SIZE), mode="bicubic", align_corners=False)
-    return (large.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
 
 
 def write(study: Study, out: Path, record: dict[str, str], jobs: int) -> None:
@@ -193,8 +159,6 @@ def real_vit(
     if public:
         if source is not None:
             raise IasvitError("--source does not go with --public; give one of them")
-        from tasks.studies import real_vit_public
-
         weights = real_vit_public.find_weights()
         record = {"weights": describe_file(weights), "photographs": f"CIFAR-10, seed {real_vit_public.SEED}"}
     else:

@@ -22,8 +22,7 @@ from iasvit.progress import Progress
 from tasks.checkpoints import fill
 from tasks.classification.data import normalise
 from tasks.classification.models import TimmModels
-from tasks.studies import real_vit
-from tasks.studies.real_vit import BACKBONE, BATCH, CALIBRATION, CLASSES, TEST, Study, enlarge
+from tasks.studies.real_vit_data import BACKBONE, BATCH, CALIBRATION, CLASSES, TEST, Study, build, enlarge
 
 SEED = 0  # which photographs are taken
 HEAD = 800  # photographs that the head learns from
@@ -87,7 +86,7 @@ def make(path: Path, values: dict[str, Tensor], train: Cifar, test: Cifar, devic
         test: its test images.
         device: where the head is trained.
     """
-    network = real_vit.build()
+    network = build()
     state = to_timm(values) | {name: value for name, value in network.state_dict().items() if name.startswith("head.")}
     fill(network, state, path, resample=True)
     drawn = torch.Generator().manual_seed(SEED)

@@ -174,7 +174,7 @@ class _Profiled(IASViT):
     """I&S-ViT that learns one block only, in stage 3, and counts what its kernels take there.
 
     Attributes:
-        block: number of the segment.
+        block: its number among the segments.
         kernels: rows of `profile_step`.
     """
 
@@ -197,17 +197,17 @@ class _Profiled(IASViT):
             micros = event.self_device_time_total if on_gpu else event.self_cpu_time_total
             if micros > 0:
                 each = {"calls": round(event.count / iterations, 2), "microseconds": round(micros / iterations, 2)}
-                self.kernels.append({"segment": job.segment.name, "kernel": " ".join(event.key.split())[:120], **each})
+                self.kernels.append({"block": job.segment.name, "kernel": " ".join(event.key.split())[:120], **each})
         self.kernels.sort(key=lambda row: -row["microseconds"])
         total = {name: round(sum(row[name] for row in self.kernels), 2) for name in ("calls", "microseconds")}
-        self.kernels[20:] = [{"segment": job.segment.name, "kernel": "all, these and others", **total}]
+        self.kernels[20:] = [{"block": job.segment.name, "kernel": "all, these and others", **total}]
 
 
 def profile_step(subject: Subject, bits: str, options: dict[str, Any], steps: int = 50) -> list[dict[str, Any]]:
     """What one step of reconstruction spends its time on: the kernels of a middle block's stage 3, by time.
 
     Returns:
-        Rows of segment, kernel (of an accelerator; else torch's operators), calls a step, microseconds a step.
+        Rows of block, kernel (of an accelerator; else torch's operators), calls a step, microseconds a step.
     """
     block = len(segments(subject.model)) // 2
     count = 2 * options["batch_size"]

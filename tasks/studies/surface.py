@@ -53,26 +53,26 @@ def prepare(model: nn.Module, bits: str, block: int, images: Tensor, variant: st
     for segment in chain[: blocks[block]]:
         inputs = segment.run(inputs)
     target = chain[blocks[block]].run(inputs)
-    mine = segments(quantized)[blocks[block]]
-    for layer in mine.layers():
+    quantized_block = segments(quantized)[blocks[block]]
+    for layer in quantized_block.layers():
         layer.weight_quantizer.enabled = False
-    calibrate_inputs(mine.quantizers(weights=False), lambda: mine.run(inputs))
+    calibrate_inputs(quantized_block.quantizers(weights=False), lambda: quantized_block.run(inputs))
     if variant == "stage 3":
         for pair in find_pairs(quantized):
-            if pair.linears[0] in mine.layers():
+            if pair.linears[0] in quantized_block.layers():
                 reparameterize(pair)
     if variant != "stage 1":
-        for layer in mine.layers():
+        for layer in quantized_block.layers():
             layer.calibrate_weight()
             layer.weight_quantizer.enabled = True
-    return mine, inputs, target
+    return quantized_block, inputs, target
 
 
 @torch.no_grad()
-def surface(segment: Segment, inputs: Tensor, target: Tensor, places: np.ndarray, seed: int) -> list[dict[str, float]]:
+def surface(block: Segment, inputs: Tensor, target: Tensor, places: np.ndarray, seed: int) -> list[dict[str, float]]:
     """The loss at each (α, β) of places × places; the weights are as before afterwards."""
     generator = torch.Generator().manual_seed(seed)
-    weights = [layer.weight for layer in segment.layers()]
+    weights = [layer.weight for layer in block.layers()]
     before = [weight.clone() for weight in weights]
 
     def direction(weight: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ def surface(segment: Segment, inputs: Tensor, target: Tensor, places: np.ndarray
         for beta in places:
             for weight, base, d1, d2 in zip(weights, before, first, second, strict=True):
                 weight.copy_(base + alpha * d1 + beta * d2)
-            loss = (segment.run(inputs) - target).square().mean().item()
+            loss = (block.run(inputs) - target).square().mean().item()
             rows.append({"alpha": float(alpha), "beta": float(beta), "loss": loss})
     for weight, base in zip(weights, before, strict=True):
         weight.copy_(base)

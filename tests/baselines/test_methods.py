@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from baselines_tiny import FAMILIES, METHODS, tiny_images, tiny_model
+from tiny_models import same_bits
 from torch import Tensor, nn
 
 import iasvit
@@ -17,6 +18,7 @@ from iasvit.errors import IasvitError
 from iasvit.methods import Method
 from iasvit.nn import quantizers_of
 from iasvit.progress import Progress
+from iasvit.sos import IASViT
 
 every_method = pytest.mark.parametrize("name", METHODS)
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -37,8 +39,7 @@ def quantize(model: nn.Module, images: Tensor, name: str, spec: str = "W4A4", **
 
 
 def equal(one: nn.Module, other: nn.Module) -> bool:
-    a, b = one.state_dict(), other.state_dict()
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+    return same_bits(one.state_dict(), other.state_dict())
 
 
 @every_family
@@ -129,10 +130,16 @@ def test_another_seed_draws_other_labels_for_the_fisher() -> None:
 def test_only_the_first_images_are_used(name: str) -> None:
     model = tiny_model("vit")
     images = tiny_images(model, 6)
-    assert methods.load_method_class(name)().init_size == 32
+    method = methods.get_method(name)
+    assert (method.init_size, methods.images_used(method, 256), methods.images_used(method, 6)) == (32, 32, 6)
     some = quantize(model, images, name, init_size=4)
     assert equal(some, quantize(model, images[:4], name))
     assert not equal(some, quantize(model, images, name))
+
+
+def test_how_many_images_a_method_reads_is_what_it_says() -> None:
+    assert methods.images_used(methods.get_method("rtn"), 256) == 0
+    assert methods.images_used(IASViT(), 256) == 256
 
 
 @pytest.mark.parametrize("name", sorted(METHODS.keys() - {"rtn"}))

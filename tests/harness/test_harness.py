@@ -17,10 +17,11 @@ from harness_fakes import Broken, FakeTask, Noise
 
 from iasvit.benchmark import provenance
 from iasvit.benchmark.estimate import estimate, format_estimates
-from iasvit.benchmark.harness import Cell, exit_status, run_cells
+from iasvit.benchmark.harness import Cell, exit_status, make_jobs, run_cells
+from iasvit.benchmark.locks import locked
 from iasvit.benchmark.results import Key, ResultStore, Row
 from iasvit.errors import IasvitError
-from iasvit.progress import CheckpointError, Progress
+from iasvit.progress import CheckpointError, Progress, fingerprint
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +51,8 @@ def test_a_cell_becomes_a_row_with_its_cost_and_origin(store: ResultStore) -> No
     expected = {"task": "fake", "dataset": "mini", "split_size": 20, "model": "vit_s", "method": "noise"}
     expected |= {"spec": "W4A8", "w_bits": 4, "a_bits": 8, "seed": 1, "calib_size": 8, "options": "iterations=2"}
     expected |= {"iterations": 2, "status": "ok", "reason": "", "fp_top1": 80.0, "model_file": ""}
-    expected |= {"torch": torch.__version__.split("+")[0], "schema_version": 2, "data_fingerprint": "d1"}
+    expected |= {"torch": torch.__version__.split("+")[0], "schema_version": 3, "data_fingerprint": "d1"}
+    expected |= {"calib_used": 8}
     expected |= {"config_fingerprint": "", "method_version": 1, "task_version": 1}
     expected |= {"data_kind": "embedded", "data_description": "drawn images"}
     got = {name: row[name].split("+")[0] if name == "torch" else row[name] for name in expected}
@@ -204,28 +206,101 @@ def test_interrupt_passes_through_and_the_rerun_goes_on_inside_the_cell(
     assert list((store.folder.parent / "checkpoint").iterdir()) == []  # discarded
 
 
-@pytest.mark.parametrize("change", ["method", "task", "threads", "torch"])
-def test_what_another_version_or_machine_began_is_not_gone_on_with(
-    store: ResultStore, monkeypatch: pytest.MonkeyPatch, change: str
-) -> None:
+def interrupted(store: ResultStore, monkeypatch: pytest.MonkeyPatch, **options: bool) -> None:
+    """A run that ends when its first step is saved."""
+
     def interrupt(self: Noise, step: int) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(Noise, "after", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            run(FakeTask(), [cell()], store)
+            run(FakeTask(), [cell()], store, **options)
+
+
+@pytest.mark.parametrize("change", ["method", "task", "threads", "torch", "timm", "device"])
+def test_what_another_version_or_machine_began_is_not_gone_on_with(
+    store: ResultStore, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], change: str
+) -> None:
+    interrupted(store, monkeypatch)
     checkpoint = store.folder.parent / "checkpoint"
     assert len(list(checkpoint.iterdir())) == 1
     if change == "threads":
         monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
     elif change == "torch":
         monkeypatch.setattr(torch, "__version__", "0")
+    elif change == "timm":
+        versions = {**provenance.versions(), "timm": "0"}
+        monkeypatch.setattr(provenance, "versions", lambda: versions)
+    elif change == "device":
+        monkeypatch.setattr(provenance, "describe_device", lambda device: "cpu: another")
     else:
         monkeypatch.setattr(Noise if change == "method" else FakeTask, "version", 2, raising=False)
-    run(FakeTask(), [cell()], store)
+    run_cells(FakeTask(), [cell()], store, checkpoint_root=checkpoint)
     assert Noise.steps == [0, 0, 1, 2]
     assert list(checkpoint.iterdir()) == []
+    assert capsys.readouterr().err.count("a checkpoint of this cell is removed and not gone on with: ") == 1
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_checkpoint_that_outlives_its_row_is_no_measurement(
+    store: ResultStore, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], force: bool
+) -> None:
+    """As where a run dies between the row and the checkpoint's removal."""
+    checkpoint = store.folder.parent / "checkpoint"
+    with monkeypatch.context() as patch:
+        patch.setattr(Progress, "discard", lambda self: None)
+        run(FakeTask(), [cell()], store)
+    assert len(list(checkpoint.iterdir())) == 1
+    Noise.steps.clear()
+    run_cells(FakeTask(), [cell()], store, checkpoint_root=checkpoint, force=force)
+    assert Noise.steps == ([0, 1, 2] if force else [])
+    assert list(checkpoint.iterdir()) == []
+    assert "not gone on with" not in capsys.readouterr().err
+
+
+def test_a_forced_run_that_was_interrupted_goes_on(store: ResultStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(FakeTask(), [cell()], store)
+    Noise.steps.clear()
+    interrupted(store, monkeypatch, force=True)
+    run(FakeTask(), [cell()], store)  # stored already; what the forced run has done is kept
+    run(FakeTask(), [cell()], store, force=True)
+    assert Noise.steps == [0, 1, 2]
+
+
+def test_a_cell_that_another_process_measures_is_put_off_and_then_taken_from_the_store(
+    store: ResultStore, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task, cells = FakeTask(), [cell(), cell(seed=1)]
+    checkpoint = store.folder.parent / "checkpoint"
+    first, _ = make_jobs(task, cells)
+    lock = locked(checkpoint / f"{fingerprint(*first.key)}.lock", wait=False)  # another's: a descriptor of its own
+    assert lock.__enter__()
+
+    def finish_elsewhere(self: Noise, step: int) -> None:
+        if self.seed == 1 and step == 2:
+            (row,) = run_cells(task, cells[:1], store, checkpoint_root=checkpoint.with_name("other"), quiet=True)
+            assert row["status"] == "ok"
+            lock.__exit__(None, None, None)
+
+    monkeypatch.setattr(Noise, "after", finish_elsewhere)
+    rows = run_cells(task, cells, store, checkpoint_root=checkpoint)
+    assert [row["seed"] for row in rows] == [0, 1]
+    assert Noise.steps == [0, 1, 2] * 2
+    shown = capsys.readouterr().err
+    assert "[1/2] fake mini: vit_s noise W3A3 seed 0: another process measures it; put off" in shown
+    assert "[1/2] fake mini: vit_s noise W3A3 seed 0: stored already" in shown
+    assert list(checkpoint.iterdir()) == []
+
+
+def test_the_lock_of_a_dead_process_does_not_block(store: ResultStore) -> None:
+    (job,) = make_jobs(FakeTask(), [cell()])
+    path = store.folder.parent / "checkpoint" / f"{fingerprint(*job.key)}.lock"
+    path.parent.mkdir()
+    path.touch()
+    (row,) = run(FakeTask(), [cell()], store)
+    assert row["status"] == "ok"
+    assert not path.exists()
 
 
 _KILLED = """

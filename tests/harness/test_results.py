@@ -114,9 +114,9 @@ def test_a_writer_that_waited_for_a_replaced_file_writes_to_the_new_one(store: R
         writer = threading.Thread(target=ResultStore(store.folder).append, args=(make_row(seed=1),))
         writer.start()
         time.sleep(0.3)  # until it waits for the lock of the old file
-        beside = path.with_suffix(".new")
-        beside.write_bytes(path.read_bytes())
-        os.replace(beside, path)
+        copy = path.with_suffix(".new")
+        copy.write_bytes(path.read_bytes())
+        os.replace(copy, path)
     writer.join(30)
     assert store.rows()["seed"].tolist() == [0, 1]
 

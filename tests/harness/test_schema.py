@@ -18,6 +18,7 @@ from iasvit.errors import IasvitError
 
 REFERENCE = Path(__file__).parents[2] / "results" / "runs" / "reference"
 NEW = ("data_fingerprint", "config_fingerprint", "method_version", "task_version", "data_kind", "data_description")
+NEW_IN_3 = ("calib_used",)
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +41,7 @@ def store(tmp_path: Path, reports: list[str]) -> ResultStore:
 def first_schema(**values: object) -> dict[str, object]:
     """A row as schema 1 had it, in its order of columns."""
     row = make_row(**values)
-    names = [name for name in row if name not in (*NEW, "schema_version", "model_file")]
+    names = [name for name in row if name not in (*NEW, *NEW_IN_3, "schema_version", "model_file")]
     return {**{name: row[name] for name in names if name not in ("command", "status", "reason", "time")}} | {
         "code_hash": values.get("code_hash", "0123456789ab"),
         **{name: row[name] for name in ("command", "status", "reason", "time")},
@@ -69,13 +70,43 @@ def test_a_row_of_schema_1_is_upgraded_on_reading(store: ResultStore, reports: l
     assert (row["data_kind"], row["data_description"]) == ("real", "real data")
 
 
+def test_a_row_of_schema_2_gets_the_number_of_images_that_its_method_read(
+    store: ResultStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    row = {**make_row(calib_size=256, status="failed"), "schema_version": 2}
+    del row["calib_used"]
+    given = {
+        "minmax": ("", 32),
+        "repq_vit": ("init_size=300", 256),
+        "ptq4vit[init_size=16]": ("", 16),
+        "base_ptq": ("candidates=4;init_size=8", 8),
+        "rtn": ("", 0),
+        "ias_vit": ("autocast=True;init_size=64;lr=4e-05", 256),
+        "fp32": ("", 0),
+        "not_installed": ("", None),
+        "minmax[-none]": ("", None),
+    }
+    sizes = {"fp32": 0}
+    rows = [
+        {**row, "method": method, "options": options, "calib_size": sizes.get(method, 256)}
+        for method, (options, _) in given.items()
+    ]
+    path = write(store, *rows)
+    read, problems = read_rows(path)
+    assert problems == []
+    assert {row["method"]: row["calib_used"] for row in read} == {name: used for name, (_, used) in given.items()}
+    store.append(make_row(seed=9))  # which writes the file anew
+    assert read_rows(path)[0][:-1] == read
+
+
 def test_the_committed_rows_of_schema_1_or_later_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     for path in sorted(REFERENCE.glob("*.csv")):
         rows, problems = read_rows(path)
         assert problems == []
         assert len(rows) == len(path.read_text().splitlines()) - 1
-        assert {row["schema_version"] for row in rows} == {2}
+        assert {row["schema_version"] for row in rows} == {3}
         assert {row["data_kind"] for row in rows} == {"embedded" if "mini" in path.stem else "real"}
 
 

@@ -17,7 +17,7 @@ class Classification(Task):
 
     name = "fake"
     metrics = (
-        Metric("top1", primary=True, standard_error="top1_se"),
+        Metric("top1", primary=True, standard_error="top1_se", minimum=0, maximum=100),
         Metric("top1_se"),
         Metric("agreement"),
         Metric("cosine", digits=4),
@@ -38,7 +38,10 @@ class Depth(Task):
     """A metric of which less is better."""
 
     name = "depth"
-    metrics = (Metric("rmse", digits=3, higher_is_better=False, primary=True),)
+    metrics = (
+        Metric("rmse", digits=3, higher_is_better=False, primary=True, minimum=0),
+        Metric("log_likelihood", maximum=0),
+    )
 
 
 TASKS = {"fake": Classification, "imagenet": Classification, "coco": Detection, "depth": Depth, "app": object()}

@@ -66,11 +66,17 @@ def test_published_tables_have_gap_best_and_source(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
+        ("imagenet,vit_s,a,3,3,top1,101,x", "line 3: value is '101', but a number from 0 to 100 is expected of top1"),
+        ("imagenet,vit_s,a,3,3,top1,-1,x", "line 3: value is '-1', but a number from 0 to 100"),
+        ("imagenet,vit_s,a,3,3,top1,n/a,x", "line 3: value is 'n/a'"),
+        ("imagenet,vit_s,a,3,3,undeclared,inf,x", "line 3: value is 'inf', but a finite number is expected"),
+        ("depth,vit_s,a,3,3,rmse,-0.1,x", "line 3: value is '-0.1', but a finite number of at least 0 is expected"),
+        ("depth,vit_s,a,3,3,rmse,inf,x", "line 3: value is 'inf', but a finite number of at least 0 is expected"),
+        ("depth,vit_s,a,3,3,log_likelihood,1,x", "value is '1', but a finite number of at most 0 is expected"),
+        ("imagenet,vit_s,a,three,3,top1,1,x", "line 3: w_bits is 'three', but 1 to 32"),
+        ("imagenet,vit_s,a,3,3.5,top1,1,x", "line 3: a_bits is '3.5'"),
+        ("imagenet,vit_s,a,3,0,top1,1,x", "line 3: a_bits is '0'"),
         ("imagenet,vit_s,a,33,3,top1,1,x", "line 3: w_bits is '33', but 1 to 32"),
-        ("imagenet,vit_s,a,3,3.5,top1,1,x", "line 3: a_bits is '3.5', but 1 to 32"),
-        ("imagenet,vit_s,a,3,3,top1,n/a,x", "line 3: value is 'n/a', but a number"),
-        ("imagenet,vit_s,a,3,3,top1,inf,x", "line 3: value is 'inf'"),
-        ("imagenet,vit_s,a,three,3,top1,1,x", "line 3: w_bits is 'three'"),
         ("imagenet,vit_s,a,3,3,top1,1,", "line 3 names no source"),
         ("imagenet,vit_s,b,3,3,top1,2,y", "line 3 repeats the cell"),
         ("imagenet,vit_s,b,3,3,top1,2,y,z,1", "cannot be read as CSV"),
@@ -83,10 +89,22 @@ def test_a_wrong_published_line_is_named(tmp_path: Path, line: str, message: str
         read_published(path)
 
 
-def test_a_metric_without_bounds_is_read(tmp_path: Path) -> None:
+def test_values_beyond_a_hundred_and_below_zero_are_read(tmp_path: Path) -> None:
+    """A metric's range is its declaration's; one that nobody declares may be any finite number."""
     path = tmp_path / "p.csv"
-    path.write_text(PUBLISHED_HEADER + "language,llm,a,3,3,perplexity,412.5,x\nlanguage,llm,a,3,3,margin,-0.25,x\n")
-    assert read_published(path)["value"].tolist() == [412.5, -0.25]
+    lines = ["depth,m,fp32,32,32,rmse,812.5,x", "depth,m,a,4,4,rmse,1203.25,x", "depth,m,b,4,4,rmse,1e3,x"]
+    lines += ["depth,m,a,4,4,log_likelihood,-250,x", "imagenet,m,a,4,4,perplexity,-1e6,x"]
+    path.write_text(PUBLISHED_HEADER + "\n".join(lines) + "\n")
+    published = read_published(path)
+    assert list(published["value"]) == [812.5, 1203.25, 1000.0, -250.0, -1e6]
+    (document,) = [each for each in published_documents(published) if each.name.startswith("depth")]
+    (grid, *_) = grids(document.sections)
+    assert {method: numbers(line["m"]) for method, line in grid.items() if line["m"]} == {
+        "fp32": [812.5],
+        "a": [1203.25, 390.75],
+        "b": [1000.0, 187.5],
+    }
+    assert [mark(grid[method]["m"]) for method in "ab"] == ["second", "best"]
 
 
 # With what was measured

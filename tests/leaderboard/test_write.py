@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import html
 import multiprocessing
+import re
+from contextlib import suppress
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pandas as pd
 import pytest
 from board_fakes import grids, numbers
 from result_rows import PUBLISHED_HEADER, append_rows, make_row
 
-from iasvit.benchmark.results import ResultStore, Row, read_rows
+from iasvit.benchmark.results import Key, ResultStore, Row, read_rows
 from iasvit.errors import IasvitError
 from iasvit.leaderboard import write_leaderboard
 
@@ -96,6 +100,73 @@ def test_a_text_that_a_spreadsheet_would_run_is_quoted(tmp_path: Path) -> None:
     (row,) = pd.read_csv(tmp_path / "out" / "fake-mini-w3a3.csv").to_dict("records")
     assert [row[name] for name in ("method", "model", "weights", "device")] == ["'=1+1", "'@x", "'+w", "'-d"]
     assert row["top1"] == -1.0
+
+
+def test_specs_whose_names_are_the_same_have_tables_of_their_own(tmp_path: Path) -> None:
+    specs = {"W3A3,head=W8A8": 1.0, "W3A3,*head=W8A8": 2.0, "W3A3": 3.0}
+    store_rows(tmp_path / "runs", [make_row(spec=spec, top1=value) for spec, value in specs.items()])
+    write_leaderboard(tmp_path / "runs", tmp_path / "none.csv", tmp_path / "out")
+    tables = [pd.read_csv(path) for path in sorted((tmp_path / "out").glob("*.csv"))]
+    assert {table["spec"][0]: table["top1"][0] for table in tables} == specs
+    assert all(len(table) == 1 for table in tables)
+    assert (tmp_path / "out" / "fake-mini-w3a3.md").is_file()
+    index = (tmp_path / "out" / "leaderboard.md").read_text()
+    assert all(f"({path.name})" in index for path in (tmp_path / "out").glob("fake-*.md"))
+
+
+def test_what_breaks_formats_does_not(tmp_path: Path) -> None:
+    """Of Markdown a table and a fence, of a plot a formula, of SVG a control character, of the page a placeholder."""
+    command = "python x.py --option 'a```b' <!-- /table -->"
+    odd = {"method": "a|b$x_{$\x1b@plots@{{ plots }}", "model": "m|\\|<b>", "command": command}
+    store_rows(tmp_path / "runs", [make_row(**odd), make_row(**odd, spec="W4A4", w_bits=4, a_bits=4)])
+    write_leaderboard(tmp_path / "runs", tmp_path / "none.csv", tmp_path / "out")
+    made = files(tmp_path / "out")
+    svgs = [text for name, text in made.items() if name.endswith(".svg")]
+    assert len(svgs) == 3
+    for text in svgs:
+        ElementTree.fromstring(text)
+        assert b"$x_{$" in text
+    page = made["index.html"].decode()
+    assert "@plots@{{ plots }}" in html.unescape(page.replace("<wbr>", ""))
+    table = made["fake-mini-w3a3.md"].decode()
+    assert f"````sh\n{command}\n````" in table
+    widths = {len(re.findall(r"(?<!\\)(?:\\\\)*\|", line)) for line in table.splitlines() if line.startswith("| ")}
+    assert widths <= {3, 12}
+
+
+def test_a_reason_of_any_length_is_read_again(tmp_path: Path) -> None:
+    store_rows(tmp_path / "runs", [make_row(status="failed", reason="x" * 200_000 + "\udcff", top1=None)])
+    (row,), problems = read_rows(tmp_path / "runs" / "fake-mini.csv")
+    assert problems == []
+    assert row["reason"] == "x" * 100_000 + " ... (200006 characters)"
+
+
+@pytest.mark.parametrize(
+    ("folder", "said"),
+    [("\udcff", "is not UTF-8"), ("x" * 300, "File name too long"), ("file", "File exists"), ("file/in", "directory")],
+)
+def test_rows_that_could_not_be_stored_are_refused_beforehand(tmp_path: Path, folder: str, said: str) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(IasvitError, match=said) as error:
+        ResultStore(tmp_path / folder).check("fake", "mini")
+    assert len(str(error.value)) < 300
+    for read in (lambda store: store.rows().empty, lambda store: not store.has(Key.of(make_row()))):
+        with suppress(IasvitError):  # by a command that is to check the folder later, or by --dry-run
+            assert read(ResultStore(tmp_path / folder))
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_file_of_something_else_is_refused_beforehand_and_a_sound_one_stays(tmp_path: Path) -> None:
+    store = ResultStore(tmp_path)
+    store.append(make_row())
+    before = files(tmp_path)
+    store.check("fake", "mini")
+    assert files(tmp_path) == before
+    (tmp_path / "other-mini.csv").write_text("a,b\n")
+    with pytest.raises(IasvitError, match="no header of a result file"):
+        store.check("other", "mini")
+    with pytest.raises(IasvitError, match="File name too long"):
+        store.check("other", "x" * 240)
 
 
 def test_malformed_rows_are_reported_by_line_and_the_rest_is_shown(tmp_path: Path) -> None:

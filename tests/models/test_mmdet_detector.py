@@ -12,6 +12,7 @@ import pytest
 import tiny_detectors
 import tiny_models
 import torch
+from mmdet.models.detectors import MaskRCNN
 from mmdet.models.roi_heads import StandardRoIHead
 from torch import Tensor, nn
 
@@ -361,3 +362,73 @@ def test_a_detector_without_a_configuration_is_quantized_but_not_saved(tmp_path:
     quantized = iasvit.quantize(model, torch.cat(tiny_detectors.images((64, 64))), "W4A4", "minmax")
     with pytest.raises(IasvitError, match="attribute cfg"):
         iasvit.save(quantized, tmp_path / "model.safetensors")
+
+
+# ---- detectors as users bring them -----------------------------------------------------------------------------------
+
+
+def minmax(model: nn.Module, image: Tensor) -> nn.Module:
+    return iasvit.quantize(model, image, "W4A4", "minmax")
+
+
+def uneven(x: Tensor) -> Tensor:
+    return x * torch.linspace(0.5, 1.5, x.shape[-1])
+
+
+class OwnBackbone(MaskRCNN):
+    """Looks at images through a lens of its own."""
+
+    def extract_feat(self, batch_inputs: Tensor) -> tuple[Tensor, ...]:
+        return super().extract_feat(uneven(batch_inputs))
+
+
+def of_class(cls: type[nn.Module]) -> nn.Module:
+    model = tiny_detectors.detector()
+    model.__class__ = cls
+    return model
+
+
+def test_a_detector_that_computes_something_else_is_refused_by_name() -> None:
+    (image,) = tiny_detectors.images((64, 64))
+    with pytest.raises(IasvitError, match=r"OwnBackbone .* from module 'backbone\.patch_embed\.adap_padding' on"):
+        minmax(of_class(OwnBackbone), image)
+    for path, named in [
+        ("backbone", "backbone"),
+        ("roi_head.bbox_head.shared_fcs.0", r"roi_head\.bbox_head\.shared_fcs\.0"),
+    ]:
+        model = tiny_detectors.detector()
+        change = (lambda out: tuple(map(uneven, out))) if path == "backbone" else uneven
+        model.get_submodule(path).register_forward_hook(lambda _m, _args, out, change=change: change(out))
+        with pytest.raises(IasvitError, match=f"from module '{named}' on, because of"):
+            minmax(model, image)
+    model = tiny_detectors.detector()
+    del model.neck
+    with pytest.raises(IasvitError, match="'neck' is a NoneType, which is not supported"):
+        minmax(model, image)
+
+
+def test_a_detector_that_normalises_its_input_in_a_hook() -> None:
+    (image,) = tiny_detectors.images((64, 64))
+    expected = minmax(tiny_detectors.detector(), uneven(image))
+    model = tiny_detectors.detector()
+    model.register_forward_pre_hook(lambda _m, args: (uneven(args[0]), *args[1:]))
+    quantized = minmax(model, image)
+    assert tiny_models.same_bits(quantized.state_dict(), expected.state_dict())
+
+
+def test_shared_parameters_of_a_detector_become_its_layers_own(caplog: pytest.LogCaptureFixture) -> None:
+    (image,) = tiny_detectors.images((64, 64))
+    model, plain = tiny_detectors.detector(), tiny_detectors.detector()
+    blocks = model.backbone.stages[0].blocks
+    blocks[1].attn.w_msa.qkv.weight = blocks[0].attn.w_msa.qkv.weight
+    plain.load_state_dict(model.state_dict())
+    quantized = iasvit.quantize(model, image, "W4A4", "repq_vit")
+    assert "stages.0.blocks.1.attn.w_msa.qkv.weight shared values" in caplog.text
+    expected = iasvit.quantize(plain, image, "W4A4", "repq_vit")
+    assert tiny_models.same_bits(quantized.state_dict(), expected.state_dict())
+
+
+def test_images_that_a_detector_cannot_take_are_refused() -> None:
+    with pytest.raises(IasvitError, match="MaskRCNN given cannot run on calibration images of 64×64×3"):
+        minmax(tiny_detectors.detector(), torch.zeros(1, 64, 64, 3))
+    assert minmax(tiny_detectors.detector(), tiny_detectors.images((64, 64))).quantization.data == {}

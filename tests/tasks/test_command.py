@@ -6,7 +6,7 @@ import pytest
 
 from iasvit.errors import IasvitError
 from iasvit.spec import QuantSpec
-from tasks.command import Profile, make_cells, parse_options
+from tasks.command import Profile, make_cells, make_device, parse_options
 
 
 def test_values_are_numbers_truth_values_or_text() -> None:
@@ -14,7 +14,6 @@ def test_values_are_numbers_truth_values_or_text() -> None:
     assert options == {"a": 3, "b": 0.5, "c": True, "d": False, "e": "block", "f": "a=b", "g": 0.001}
     assert type(options["a"]) is int
     assert parse_options([]) == {}
-    assert parse_options(["a=1", "a=2"]) == {"a": 2}
 
 
 @pytest.mark.parametrize("text", ["autocast", "=true", "autocast=", ""])
@@ -23,9 +22,56 @@ def test_what_is_no_option_is_said(text: str) -> None:
         parse_options([text])
 
 
+@pytest.mark.parametrize(
+    ("texts", "said"),
+    [
+        (["seed=5"], "'seed=5' sets the seed, which --seed does"),
+        (["iterations=3"], "'iterations=3' gives 'iterations' a second time"),
+        (["a=1", "a=1"], "'a=1' gives 'a' a second time"),
+        (["lr=null"], "'lr=null' gives no value"),
+    ],
+)
+def test_an_option_is_given_once_and_not_beside_its_own(texts: list[str], said: str) -> None:
+    with pytest.raises(IasvitError, match=said):
+        parse_options(texts, {"iterations": 2, "lr": None})
+    assert parse_options(["lr=1"], {"iterations": 2, "lr": None}) == {"iterations": 2, "lr": 1}
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"lr": float("inf")}, "method 'ias_vit': lr is inf"),
+        ({"sos": "maybe"}, "sos is 'maybe', but true or false"),
+        ({"sulq": "maybe"}, "--option sulq is no option of ias_vit"),
+        ({"iterations": "abc"}, "iterations is 'abc'"),
+        ({"batch_size": True}, "batch_size is True"),
+    ],
+)
+def test_a_value_that_no_method_takes_is_refused(options: dict[str, object], said: str) -> None:
+    with pytest.raises(IasvitError, match=said):
+        make_cells(["m"], [QuantSpec.parse("W4A4")], ["ias_vit"], [0], 4, Profile(), options)
+
+
+def test_the_same_number_is_the_same_cell() -> None:
+    spec = [QuantSpec.parse("W4A4")]
+    one, other = (make_cells(["m"], spec, ["ias_vit"], [0], 4, Profile(), {"lr": lr}) for lr in (1, 1.0))
+    assert str(one) == str(other)
+
+
+def test_seeds_are_those_of_all_generators() -> None:
+    with pytest.raises(IasvitError, match="--seed is 4294967296, but 4294967295 at most is expected"):
+        make_cells(["m"], [QuantSpec.parse("W4A4")], ["rtn"], [2**32], 4, Profile(), {})
+
+
+@pytest.mark.parametrize("name", ["meta", "cuda:99", "nope", "\udcff"])
+def test_a_device_that_computes_nothing_here_is_refused(name: str) -> None:
+    with pytest.raises(IasvitError, match="cannot be used here"):
+        make_device(name)
+
+
 def test_an_unknown_option_is_named() -> None:
     specs = [QuantSpec.parse("W4A4")]
-    with pytest.raises(IasvitError, match="--no-such is no option of ias_vit, rtn"):
+    with pytest.raises(IasvitError, match="--option no_such is no option of ias_vit, rtn"):
         make_cells(["m"], specs, ["ias_vit", "rtn"], [0], 4, Profile(), parse_options(["no_such=1"]))
     cells = make_cells(
         ["m"], specs, ["ias_vit", "rtn"], [0], 4, Profile(iterations=9), parse_options(["autocast=true"])

@@ -290,6 +290,6 @@ def test_without_a_network_the_alternatives_are_said(tmp_path: Path, monkeypatch
     with pytest.raises(IasvitError):
         download("mask-rcnn_swin-s-p4-w7_fpn_amp-ms-crop-3x_coco")
     assert [digits for _, digits in asked] == [None, "b92c91f1"]
-    there = tmp_path / "checkpoints" / "mask_rcnn_swin_small_patch4_window7.pth"
-    there.write_bytes(b"here")
-    assert download("mask_rcnn_swin_s") == there
+    existing = tmp_path / "checkpoints" / "mask_rcnn_swin_small_patch4_window7.pth"
+    existing.write_bytes(b"here")
+    assert download("mask_rcnn_swin_s") == existing

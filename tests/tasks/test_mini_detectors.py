@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +19,11 @@ from tasks.mini import detectors, zoo
 from tasks.mini.detection import IMAGE_SIZE, pack
 from tasks.mini.scenes import CLASSES
 from tasks.studies import train_detectors
-from tasks.studies.optimization import make_optimizer
-from tasks.studies.train_detectors import Recipe, Run, Trainer, scenes_of_step, to_batch, turned
+from tasks.studies.training import detector_trainer
+from tasks.studies.training.detector_data import scenes_of_step, to_batch, turned
+from tasks.studies.training.detector_trainer import Run, Trainer
+from tasks.studies.training.optimization import make_optimizer
+from tasks.studies.training.recipes import Recipe
 
 
 def structure(config: object) -> object:
@@ -152,7 +156,7 @@ def test_mask_rcnn_starts_from_the_first_stage_of_a_cascade(tmp_path: Path, caps
     trained = detectors.build("cascade_mask_rcnn_swin_t", seed=5)
     path = detectors.checkpoint_path("cascade_mask_rcnn_swin_t", tmp_path)
     zoo.save(trained, path, {})
-    model, start = train_detectors.start_model(small_run(tmp_path, init=path))
+    model, start = detector_trainer.start_model(small_run(tmp_path, init=path))
     assert start == "cascade_mask_rcnn_swin_t"
     state, source = model.state_dict(), zoo.as_stored(trained)
     for key in ("roi_head.bbox_head.{}shared_fcs.0.weight", "roi_head.mask_head.{}convs.0.conv.weight"):
@@ -202,13 +206,12 @@ def test_batches_hold_the_scenes_in_blue_green_red() -> None:
         assert np.array_equal(truth.masks.masks, masks)
 
 
-def test_no_two_steps_processes_or_seeds_share_scenes(tmp_path: Path) -> None:
-    run = small_run(tmp_path, processes=2, recipe=Recipe(batch_size=4))
+def test_no_two_steps_processes_or_seeds_share_scenes() -> None:
     seen = set()
     for seed in (0, 1):
         for step in range(3):
             for rank in range(2):
-                images = scenes_of_step(dataclasses.replace(run, seed=seed), step, rank).images
+                images = scenes_of_step(seed, step, 4, rank, processes=2).images
                 assert len(images) == 2
                 seen |= {image.tobytes() for image in images}
     assert len(seen) == 2 * 3 * 2 * 2
@@ -218,13 +221,22 @@ def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(train_detectors, "measure", lambda *args: {"bbox_mAP": 1.0, "segm_mAP": 2.0})
     whole, cut = small_run(tmp_path / "whole"), small_run(tmp_path / "cut", stop_after=0.0)
     train_detectors.run_all(whole)
-    for _ in range(4):
+    advance = Trainer.advance
+
+    def interrupted(*arguments: object) -> torch.Tensor:
+        signal.raise_signal(signal.SIGINT)
+        return advance(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "advance", interrupted)
+        train_detectors.run_all(dataclasses.replace(cut, stop_after=None))  # Ctrl-C: the step is finished
+    for _ in range(3):
         assert not zoo.checkpoint_path(whole.detector, tmp_path / "cut").is_file() or cut.state_path.is_file()
         train_detectors.run_all(cut)  # one step each
     assert not cut.state_path.exists()
     first, second = (detectors.load(whole.detector, run.out).state_dict() for run in (whole, cut))
     assert all(torch.equal(first[key], second[key]) for key in first)
-    start, _ = train_detectors.start_model(whole)
+    start, _ = detector_trainer.start_model(whole)
     assert not torch.equal(first["neck.lateral_convs.0.conv.weight"], start.neck.lateral_convs[0].conv.weight.half())
     log = (tmp_path / "cut" / train_detectors.LOG_NAME).read_text().splitlines()
     assert [line.split(",")[2] for line in log[1:]] == ["1", "2", "3", "4"]
@@ -237,17 +249,17 @@ def test_two_processes_average_their_gradients(tmp_path: Path, monkeypatch: pyte
     gradients = []
     for rank in range(2):
         trainer = Trainer(run, rank)
-        monkeypatch.setattr(train_detectors, "average_gradients", lambda parameters, processes: None)
+        monkeypatch.setattr(detector_trainer, "average_gradients", lambda parameters, processes: None)
         monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda parameters, limit: torch.tensor(1.0))
-        trainer.advance(scenes_of_step(run, 0, rank), 0.5)
+        trainer.advance(trainer.scenes(0), 0.5)
         gradients.append([p.grad.clone() for p in trainer.parameters])
     monkeypatch.undo()
     parameters = [torch.nn.Parameter(torch.zeros_like(g)) for g in gradients[0]]
     for parameter, gradient in zip(parameters, gradients[0], strict=True):
         parameter.grad = gradient.clone()
     other = torch.cat([gradient.flatten() for gradient in gradients[1]])
-    monkeypatch.setattr(train_detectors.dist, "all_reduce", lambda flat: flat.add_(other))
-    train_detectors.average_gradients(parameters, 2)
+    monkeypatch.setattr(detector_trainer.dist, "all_reduce", lambda flat: flat.add_(other))
+    detector_trainer.average_gradients(parameters, 2)
     for parameter, first, second in zip(parameters, *gradients, strict=True):
         torch.testing.assert_close(parameter.grad, (first + second) / 2)
     assert any(not torch.equal(first, second) for first, second in zip(*gradients, strict=True))
@@ -258,6 +270,10 @@ def test_another_runs_state_is_refused(tmp_path: Path, monkeypatch: pytest.Monke
     train_detectors.run_all(small_run(tmp_path, stop_after=0.0))
     with pytest.raises(IasvitError, match=r"other options \(seed, steps\)"):
         train_detectors.run_all(small_run(tmp_path, steps=9, seed=1))
+    path = small_run(tmp_path).state_path
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(IasvitError, match=r"state\.pt cannot be read .* delete it"):
+        train_detectors.run_all(small_run(tmp_path))
 
 
 def test_weight_decay_spares_norms_biases_and_positions() -> None:

@@ -18,7 +18,9 @@ from torch import nn
 
 from iasvit.errors import IasvitError
 from tasks.mini import hard, observation, scenes, zoo
-from tasks.studies import activations, optimization, train
+from tasks.studies import activations, train
+from tasks.studies.training import backbone_data, optimization
+from tasks.studies.training.recipes import BACKBONE_RECIPES, BackboneRecipe
 
 REFERENCE = Path(__file__).parents[3] / "shared" / "reference" / "real_vit_activations.csv"
 NAMES = list(zoo.MINI_BACKBONES)
@@ -199,8 +201,8 @@ def test_training_runs_and_repeats_to_the_bit(tmp_path: Path) -> None:
     assert float(row["top1"]) == metadata["top1"]
     assert row["final"] == "1"
     # The row's accuracy is that of what is stored.
-    pixels, labels = (torch.from_numpy(np.array(part)) for part in train.open_split(tmp_path / "data", "val"))
-    measured = train.accuracy(zoo.load("deit_t", folder=folders[0]), pixels.permute(0, 3, 1, 2), labels)
+    pixels, labels = backbone_data.load_split(tmp_path / "data", "val", torch.device("cpu"))
+    measured = train.accuracy(zoo.load("deit_t", folder=folders[0]), pixels, labels)
     assert measured == pytest.approx(metadata["top1"], abs=0.006)
     untrained, trained = zoo.build("deit_t", 5).state_dict(), load_file(zoo.checkpoint_path("deit_t", folders[0]))
     assert not torch.equal(untrained["blocks.0.mlp.fc1.weight"].half(), trained["blocks.0.mlp.fc1.weight"])
@@ -246,10 +248,10 @@ def test_what_training_cannot_start_from(tmp_path: Path, capsys: pytest.CaptureF
 
 
 def test_rendering_by_several_processes_is_rendering(tmp_path: Path) -> None:
-    train.render_split(tmp_path, "train", 7, workers=2, chunk=3)
-    got, labels = train.open_split(tmp_path, "train")
+    backbone_data.render_split(tmp_path, "train", 7, workers=2, chunk=3)
+    got, labels = backbone_data.load_split(tmp_path, "train", torch.device("cpu"), chunk=3)
     want, want_labels = scenes.render_images("train", 0, 7, 56)
-    np.testing.assert_array_equal(got, want)
+    np.testing.assert_array_equal(got.permute(0, 2, 3, 1), want)
     np.testing.assert_array_equal(labels, want_labels)
 
 
@@ -267,7 +269,7 @@ def test_training_errors_are_sentences(tmp_path: Path, capsys: pytest.CaptureFix
 
 def test_learning_rate_warms_up_and_ends_at_zero() -> None:
     optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(1))], lr=1.0)
-    schedule, rates = optimization.make_schedule(optimizer, train.Recipe(lr=1.0, warmup=0.1)), []
+    schedule, rates = optimization.make_schedule(optimizer, BackboneRecipe(lr=1.0, warmup=0.1)), []
     for progress in np.linspace(0, 1, 101):
         schedule.step_update(progress)
         rates.append(optimizer.param_groups[0]["lr"])
@@ -293,9 +295,9 @@ def test_clock_starts_after_the_first_steps(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_augmentation_is_shift_and_flip() -> None:
     """Without jitter every augmented image is the image moved by up to `shift`, mirrored or not."""
-    recipe = train.Recipe(shift=1, jitter=0.0)
+    recipe = BackboneRecipe(shift=1, jitter=0.0)
     pixels = torch.randint(0, 256, (4, 3, 56, 56), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    batches = train.Batches(pixels, recipe, (0.0,) * 3, (1.0,) * 3)
+    batches = backbone_data.Batches(pixels, recipe, (0.0,) * 3, (1.0,) * 3)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         augmented = batches(torch.arange(4).repeat(32))
@@ -313,7 +315,7 @@ def test_augmentation_is_shift_and_flip() -> None:
 def test_weight_decay_spares_norms_biases_and_positions() -> None:
     for name in ("deit_t", "swin_t"):
         model = zoo.build(name)
-        optimizer = optimization.make_optimizer(model, train.Recipe(weight_decay=0.1))
+        optimizer = optimization.make_optimizer(model, BackboneRecipe(weight_decay=0.1))
         decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
         assert {group["weight_decay"] for group in optimizer.param_groups} == {0.0, 0.1}
         for key, parameter in model.named_parameters():
@@ -322,8 +324,8 @@ def test_weight_decay_spares_norms_biases_and_positions() -> None:
 
 
 def test_every_backbone_has_a_recipe_and_vit_s_its_own_seed() -> None:
-    assert set(train.RECIPES) == set(zoo.MINI_BACKBONES)
-    assert train.RECIPES["vit_s"].seed != train.RECIPES["deit_s"].seed
+    assert set(BACKBONE_RECIPES) == set(zoo.MINI_BACKBONES)
+    assert BACKBONE_RECIPES["vit_s"].seed != BACKBONE_RECIPES["deit_s"].seed
 
 
 # ---- statistics ----------------------------------------------------------------------------------------------------
@@ -446,4 +448,5 @@ def test_committed_checkpoint_loads_and_classifies(path: Path) -> None:
     assert abs(measured - stated) < 12  # 150 images: three standard errors are under 9 points
     with torch.inference_mode():
         x = observation.scene_images(model, "val", 4).double()  # what is compared are weights, not float32's rounding
-        assert float((model.double()(x) - zoo.load(path.stem, hard=True).double()(x)).abs().max()) <= 1e-5
+        hardened = hard.harden(zoo.load(path.stem), seed=0)
+        assert float((model.double()(x) - hardened.double()(x)).abs().max()) <= 1e-5

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torchvision.datasets import ImageFolder
 
 from iasvit.errors import IasvitError
-from tasks.studies import real_vit, real_vit_public
-from tasks.studies.real_vit import CLASSES, app, enlarge, read_source
+from tasks.studies import real_vit, real_vit_data, real_vit_public
+from tasks.studies.real_vit import app, read_source
+from tasks.studies.real_vit_data import CLASSES, enlarge
 from tasks.studies.real_vit_public import find_weights, make, read_onnx, to_timm
 
 SOURCE = Path(__file__).parents[3] / "shared" / "real-vit"
@@ -38,8 +39,9 @@ def tiny(img_size: int = 32) -> nn.Module:
 def small(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """A small network of 32 pixels, and few images."""
     if "real" not in request.node.name:
-        monkeypatch.setattr(real_vit, "build", tiny)
-        monkeypatch.setattr(real_vit, "SIZE", 32)
+        for module in (real_vit, real_vit_public):
+            monkeypatch.setattr(module, "build", tiny)
+        monkeypatch.setattr(real_vit_data, "SIZE", 32)
         for name, count in (("CALIBRATION", 6), ("HEAD", 200), ("TEST", 12)):
             monkeypatch.setattr(real_vit_public, name, count)
 
@@ -81,7 +83,8 @@ def test_the_folder_and_the_checkpoint(
     ):
         read = torch.from_numpy(np.stack([np.asarray(Image.open(path)) for path in paths]))
         assert torch.equal(read, enlarge(images))
-        assert {path.stat().st_size for path in map(Path, paths)} == {54 + 3 * real_vit.SIZE**2}  # whatever the library
+        size = 54 + 3 * real_vit_data.SIZE**2  # whatever the library
+        assert {path.stat().st_size for path in map(Path, paths)} == {size}
     state, original = load_file(out / "vit_s14.safetensors"), tiny().state_dict()
     assert {value.dtype for value in state.values()} == {torch.float32}
     assert all(torch.allclose(state[name], value, atol=0.01) for name, value in original.items())
@@ -218,7 +221,7 @@ def test_the_public_study(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [place[image.permute(1, 2, 0).numpy().tobytes()] for image in study.test] == study.labels.tolist()
     network = tiny()
     network.load_state_dict(study.state)
-    x = real_vit_public.normalise(enlarge(study.test), real_vit_public.TimmModels().config(real_vit.BACKBONE))
+    x = real_vit_public.normalise(enlarge(study.test), real_vit_public.TimmModels().config(real_vit_data.BACKBONE))
     with torch.inference_mode():
         assert (network(x).argmax(dim=1) == study.labels).float().mean() > 0.9
 
@@ -273,8 +276,8 @@ def test_the_real_source_is_read_as_its_own_script_reads_it() -> None:
     study = read_source(SOURCE)
     expected = script.load().state_dict()
     assert all(torch.equal(study.state[name], value) for name, value in expected.items())
-    assert (len(study.calibration), len(study.test)) == (real_vit.CALIBRATION, real_vit.TEST)
+    assert (len(study.calibration), len(study.test)) == (real_vit_data.CALIBRATION, real_vit_data.TEST)
     assert torch.equal(study.labels, script.labels())
-    config = real_vit_public.TimmModels().config(real_vit.BACKBONE)
+    config = real_vit_public.TimmModels().config(real_vit_data.BACKBONE)
     ours, theirs = real_vit_public.normalise(enlarge(study.test[:8]), config), script.photographs("test", 8)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0.51 / 255 / 0.224)  # half a level

@@ -44,6 +44,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["none.safetensors"], "does not exist"),
         (["TINY"], "the checkpoint's model takes images 3×224×224, but those of --data mini are 3×56×56"),
         (["deit_t", "--images", 0], "--images is 0, but 1 or more is expected"),
+        (["deit_t", "--out", "FILE"], "cannot be written: File exists; choose another one"),
+        (["deit_t", "--iterations", 2], "--iterations is no option of minmax"),
     ],
 )
 def test_bad_targets_are_one_sentence(
@@ -53,5 +55,5 @@ def test_bad_targets_are_one_sentence(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    given = [tiny if argument == "TINY" else argument for argument in arguments]
+    given = [tiny if argument in ("TINY", "FILE") else argument for argument in arguments]
     assert said in commands.complaint(app, monkeypatch, capsys, *given)

@@ -60,7 +60,7 @@ def test_rows_have_the_phases_and_what_was_run(tmp_path: Path) -> None:
 
 def test_a_profile_is_of_one_middle_block_and_sums_up(subject: Subject) -> None:
     rows = profile_step(subject, "W3A3", OPTIONS, steps=2)
-    assert {row["segment"] for row in rows} == {segments(subject.model)[len(segments(subject.model)) // 2].name}
+    assert {row["block"] for row in rows} == {segments(subject.model)[len(segments(subject.model)) // 2].name}
     *kernels, last = rows
     assert len(kernels) == 20
     assert last["kernel"] == "all, these and others"

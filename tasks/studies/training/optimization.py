@@ -1,21 +1,15 @@
-"""What the training studies share: timm's AdamW and its cosine schedule, over a run from 0 to 1."""
+"""timm's AdamW and its cosine schedule, over a run from 0 to 1."""
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
 from torch import nn
 
-
-class Recipe(Protocol):
-    """What of a recipe is read here."""
-
-    lr: float
-    weight_decay: float
-    warmup: float  # fraction of the run
+from tasks.studies.training.recipes import Recipe
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe, **options: Any) -> torch.optim.Optimizer:
