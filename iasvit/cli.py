@@ -138,6 +138,61 @@ def _show(file: Annotated[Path, typer.Argument(help="Of iasvit.save, or of run -
     print(summary(file))
 
 
+@_app.command("sweep")
+def _sweep(
+    suite: Annotated[
+        str | None, typer.Argument(help="A TOML file, or the name of a suite that --list prints.", show_default=False)
+    ] = None,
+    engine: Annotated[str, typer.Option(help="local, or ray (extra cluster).")] = "local",
+    address: Annotated[
+        str | None,
+        typer.Option(help="HOST:PORT of a Ray cluster, or auto. [default: $RAY_ADDRESS, else one is started here]"),
+    ] = None,
+    results: Annotated[Path, typer.Option(help="Folder for the rows.")] = Path("results/runs"),
+    cpu: Annotated[float | None, typer.Option(help="Cores of a cell. [default: as the suite says]")] = None,
+    gpu: Annotated[
+        float | None, typer.Option(help="GPUs of a cell, a fraction to share one. [default: as the suite says]")
+    ] = None,
+    memory: Annotated[float | None, typer.Option(help="GiB of memory of a cell. [default: as the suite says]")] = None,
+    retries: Annotated[int, typer.Option(min=0, help="Further attempts at a cell that fails.")] = 2,
+    checkpoints: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder, with ray one that all machines share, for what an interrupted cell resumes from. "
+            "[default: .iasvit/checkpoints, with ray none]",
+            show_default=False,
+        ),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the cells and their estimated cost.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Measure also cells that are stored.")] = False,
+    stale: Annotated[
+        bool, typer.Option("--stale", help="Measure also cells that are stored of another version.")
+    ] = False,
+    list_suites: Annotated[bool, typer.Option("--list", help="Print the suites that come with the package.")] = False,
+) -> None:
+    """Run a suite, whole grids of cells, on this machine or on a Ray cluster; what is stored already is skipped."""
+    from iasvit.sweep import command
+
+    if list_suites:
+        print(command.suites())
+        return
+    if suite is None:
+        raise IasvitError("iasvit sweep needs a suite: a TOML file, or a name that iasvit sweep --list prints")
+    failed = command.run(
+        suite,
+        engine,
+        address,
+        results,
+        needs={"cpu": cpu, "gpu": gpu, "memory_gib": memory},
+        retries=retries,
+        checkpoints=checkpoints,
+        dry_run=dry_run,
+        force=force,
+        stale=stale,
+    )
+    raise typer.Exit(int(failed))
+
+
 @_app.command("leaderboard")
 def _leaderboard(
     runs: Annotated[Path, typer.Option(help="Folder of measured rows, read with all folders in it.")] = Path(

@@ -19,6 +19,7 @@ from typing import Annotated, Any, ClassVar
 import typer
 from torch import Tensor, nn
 
+from iasvit.benchmark.harness import Cell
 from iasvit.benchmark.task import DataSet, Metric, Row, Task
 from iasvit.cli import main, make_app
 from iasvit.errors import IasvitError
@@ -71,6 +72,57 @@ class CocoTask(Task):
     def command(cls) -> typer.Typer:
         """The command line of `iasvit run coco`."""
         return app
+
+    @classmethod
+    def grid(
+        cls,
+        *,
+        bits: list[str],
+        seed: list[int],
+        backbone: list[Backbone] | None = None,
+        detector: list[str] | None = None,
+        method: list[str] | None = None,
+        scope: Scope = Scope.detector,
+        data: Data = Data.mini,
+        data_root: Path | None = None,
+        config: Path | None = None,
+        checkpoint: Path | None = None,
+        pretrained: bool = True,
+        calib_size: int | None = None,
+        init_size: int | None = None,
+        iterations: int | None = None,
+        batch_size: int | None = None,
+        lr: float | None = None,
+        option: list[str] | None = None,
+        device: str | None = None,
+        limit: int | None = None,
+    ) -> tuple[CocoTask, list[Cell]]:
+        """See `Task`; the parameters are the command's options."""
+        if config is not None and (backbone or detector):
+            raise IasvitError(
+                "--config names a detector with its backbone; --detector and --backbone do not go with it"
+            )
+        models = [config.stem] if config is not None else model_names(detector, backbone, data)
+        specs = unique([scoped(text, scope) for text in bits])
+        given = {"iterations": iterations, "batch_size": batch_size, "lr": lr, "init_size": init_size}
+        given = command.parse_options(option or [], given)
+        cells = command.make_cells(models, specs, method, seed, calib_size, data.profile, given)
+        command.check_checkpoint(checkpoint, models)
+        setup = make_setup(
+            data,
+            data_root,
+            config=config,
+            checkpoint=checkpoint,
+            pretrained=pretrained,
+            device=command.make_device(device),
+            limit=limit,
+        )
+        task = cls(setup)
+        command.check_models(task.models, models, specs)
+        for model in models:
+            task.images.check_classes(task.models.config(model).classes)
+        task.images.check_calibration(cells[0].calib_size)
+        return task, cells
 
     def load_model(self, model: str) -> nn.Module:
         """See `Task`.
@@ -167,28 +219,27 @@ def coco(
     Rows go to a CSV file as cells are done; a cell that is stored already is skipped, an interrupted one goes on.
     """
     command.print_logs()
-    if config is not None and (backbone or detector):
-        raise IasvitError("--config names a detector with its backbone; --detector and --backbone do not go with it")
-    models = [config.stem] if config is not None else model_names(detector, backbone, data)
-    specs = unique([scoped(text, scope) for text in bits])
-    given = {"iterations": iterations, "batch_size": batch_size, "lr": lr, "init_size": init_size}
-    given = command.parse_options(options or [], given)
-    cells = command.make_cells(models, specs, method, seed, calib_size, data.profile, given)
-    command.check_checkpoint(checkpoint, models)
-    setup = make_setup(
-        data,
-        data_root,
+    task, cells = CocoTask.grid(
+        bits=bits,
+        seed=seed,
+        backbone=backbone,
+        detector=detector,
+        method=method,
+        scope=scope,
+        data=data,
+        data_root=data_root,
         config=config,
         checkpoint=checkpoint,
         pretrained=pretrained,
-        device=command.make_device(device),
+        calib_size=calib_size,
+        init_size=init_size,
+        iterations=iterations,
+        batch_size=batch_size,
+        lr=lr,
+        option=options,
+        device=device,
         limit=limit,
     )
-    task = CocoTask(setup)
-    command.check_models(task.models, models, specs)
-    for model in models:
-        task.images.check_classes(task.models.config(model).classes)
-    task.images.check_calibration(cells[0].calib_size)
     printed = ("bbox_mAP", "segm_mAP")
     command.run(task, cells, results, printed=printed, dry_run=dry_run, force=force, stale=stale, save=save)
 

@@ -20,6 +20,7 @@ import torch
 import typer
 from torch import Tensor, nn
 
+from iasvit.benchmark.harness import Cell
 from iasvit.benchmark.task import DataSet, Metric, Task
 from iasvit.cli import main, make_app
 from iasvit.errors import IasvitError
@@ -69,6 +70,55 @@ class ImageNetTask(Task):
     def command(cls) -> typer.Typer:
         """The command line of `iasvit run imagenet`."""
         return app
+
+    @classmethod
+    def grid(
+        cls,
+        *,
+        bits: list[str],
+        seed: list[int],
+        backbone: list[str] | None = None,
+        method: list[str] | None = None,
+        data: str = "mini",
+        data_root: Path | None = None,
+        data_name: str | None = None,
+        labels: bool = True,
+        checkpoint: Path | None = None,
+        pretrained: bool = True,
+        img_size: int | None = None,
+        calib_size: int | None = None,
+        iterations: int | None = None,
+        batch_size: int | None = None,
+        lr: float | None = None,
+        option: list[str] | None = None,
+        device: str | None = None,
+        limit: int | None = None,
+    ) -> tuple[ImageNetTask, list[Cell]]:
+        """See `Task`; the parameters are the command's options."""
+        at_least("--img-size", img_size, 1)
+        profile = find_source(data).profile
+        backbones = unique(backbone or profile.models)
+        specs = unique([QuantSpec.parse(text) for text in bits])
+        given = command.parse_options(option or [], {"iterations": iterations, "batch_size": batch_size, "lr": lr})
+        cells = command.make_cells(backbones, specs, method, seed, calib_size, profile, given)
+        command.check_checkpoint(checkpoint, backbones)
+        setup = make_setup(
+            data,
+            data_root,
+            checkpoint=checkpoint,
+            pretrained=pretrained,
+            device=command.make_device(device),
+            limit=limit,
+            data_name=data_name,
+            labels=labels,
+            img_size=img_size,
+        )
+        task = cls(setup)
+        command.check_models(task.models, backbones, specs)
+        for name in backbones:
+            task.check_classes(name, task.models.architecture(name))
+        task.images.check_calibration(cells[0].calib_size)
+        return task, cells
 
     @property
     def scored(self) -> tuple[Metric, ...]:
@@ -202,28 +252,26 @@ def imagenet(
     Rows go to a CSV file as cells are done; a cell that is stored already is skipped, an interrupted one goes on.
     """
     command.print_logs()
-    at_least("--img-size", img_size, 1)
-    profile = find_source(data).profile
-    backbones, specs = unique(backbone or profile.models), unique([QuantSpec.parse(text) for text in bits])
-    given = command.parse_options(options or [], {"iterations": iterations, "batch_size": batch_size, "lr": lr})
-    cells = command.make_cells(backbones, specs, method, seed, calib_size, profile, given)
-    command.check_checkpoint(checkpoint, backbones)
-    setup = make_setup(
-        data,
-        data_root,
-        checkpoint=checkpoint,
-        pretrained=pretrained,
-        device=command.make_device(device),
-        limit=limit,
+    task, cells = ImageNetTask.grid(
+        bits=bits,
+        seed=seed,
+        backbone=backbone,
+        method=method,
+        data=data,
+        data_root=data_root,
         data_name=data_name,
         labels=labels,
+        checkpoint=checkpoint,
+        pretrained=pretrained,
         img_size=img_size,
+        calib_size=calib_size,
+        iterations=iterations,
+        batch_size=batch_size,
+        lr=lr,
+        option=options,
+        device=device,
+        limit=limit,
     )
-    task = ImageNetTask(setup)
-    command.check_models(task.models, backbones, specs)
-    for name in backbones:
-        task.check_classes(name, task.models.architecture(name))
-    task.images.check_calibration(cells[0].calib_size)
     printed = ("top1", "agreement", "cosine")
     command.run(task, cells, results, printed=printed, dry_run=dry_run, force=force, stale=stale, save=save)
 

@@ -161,7 +161,7 @@ def _check(cell: Cell) -> QuantSpec | None:
     return QuantSpec.parse(cell.spec)
 
 
-def _reference_job(job: Job) -> Job:
+def reference_job(job: Job) -> Job:
     """That of the same model in full precision."""
     key = job.key._replace(method=FULL_PRECISION, spec="W32A32", seed=0, calib_size=0, options="")
     return Job(Cell(job.cell.model, FULL_PRECISION, "W32A32", 0, 0), key, None)
@@ -279,7 +279,7 @@ class _Run:
 
         A row of another version of the task is no reference for what is measured now.
         """
-        job = _reference_job(job)
+        job = reference_job(job)
         model = job.cell.model
         if model not in self._reference:
             # Where a stored row is all that is needed, the second of two processes waits for the first one's.

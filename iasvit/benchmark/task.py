@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # to list tasks must not import torch
     from torch import Tensor, nn
     from typer import Typer
 
+    from iasvit.benchmark.harness import Cell
     from iasvit.progress import Progress
 
 GROUP = "iasvit.tasks"
@@ -122,6 +123,19 @@ class Task(ABC):
             IasvitError: the task has none.
         """
         raise IasvitError(f"task {cls.name!r} has no command")
+
+    @classmethod
+    def grid(cls, **options: Any) -> tuple[Task, list[Cell]]:
+        """The task and the cells that these options of its command name, all checked; nothing is measured.
+
+        A suite of `iasvit sweep` may give each keyword parameter that the task's own `grid` has, by its type hint: a
+        list, text, number, Path or Enum. One of them is `device`, which the sweep gives. The task must be the same
+        whichever of the values of a list (backbones, bits, seeds) are given.
+
+        Raises:
+            IasvitError: the task has none, or an option is wrong.
+        """
+        raise IasvitError(f"task {cls.name!r} has no grid, so that no suite can name it")
 
     @abstractmethod
     def load_model(self, model: str) -> nn.Module:
