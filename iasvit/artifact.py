@@ -258,7 +258,7 @@ def _at_most(count: int) -> Iterator[None]:
         def hook(_module: nn.Module, _name: str, value: object) -> None:
             numbers[kind] += value is not None
             if numbers[kind] > 8 * count:
-                raise IasvitError(f"its architecture has more than {8 * count} {kind}, which the file has no tensors for")
+                raise IasvitError(f"its architecture has more than {8 * count} {kind}, too many for its tensors")
 
         return hook
 

@@ -91,7 +91,10 @@ def head_facts(fc: nn.Module) -> dict[str, Any]:
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     cls.__name__: cls
-    for cls in (nn.GELU, nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish, nn.Identity, timm.layers.QuickGELU, timm.layers.GELUTanh)
+    for cls in (
+        *(nn.GELU, nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish, nn.Identity),
+        *(timm.layers.QuickGELU, timm.layers.GELUTanh),
+    )
 }
 
 
