@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,17 +11,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.nn.modules.module import (
-    register_module_buffer_registration_hook,
-    register_module_module_registration_hook,
-    register_module_parameter_registration_hook,
-)
 
+from iasvit.architecture import check_architecture
 from iasvit.errors import IasvitError, StorageError, reason
 from iasvit.files import DamagedError, read_tensors, replacing, write_tensors
 from iasvit.label import label
 from iasvit.methods import list_methods, load_method_class, split_variant
-from iasvit.models import Site, build, describe, insert_quantizers
+from iasvit.models import Site, build, insert_quantizers
 from iasvit.nn import quant_layers
 from iasvit.quantizers import Quantizer
 from iasvit.spec import QuantSpec
@@ -167,7 +161,6 @@ def _no_constant(name: str) -> None:
 
 
 FIELDS = {"method": str, "spec": str, "options": dict, "architecture": dict, "data": dict, "quantizers": dict}
-ROOM = 2**22  # elements of buffers that a model computes and a file does not hold
 
 
 def _rebuild(header: dict[str, Any], state: dict[str, Tensor], path: Path) -> nn.Module:
@@ -177,7 +170,7 @@ def _rebuild(header: dict[str, Any], state: dict[str, Tensor], path: Path) -> nn
     spec = QuantSpec.parse(header["spec"])
     classes = _quantizer_classes(header["method"])
     shapes = {name: torch.Size(shape) for name, shape in header["shapes"].items()}
-    _check_architecture(header["architecture"], state, shapes, path)
+    check_architecture(header["architecture"], state, shapes, path)
     model = insert_quantizers(build(header["architecture"]), spec, _Placeholder.of, _Placeholder.of)
     for name, module in list(model.named_modules()):
         if isinstance(module, _Placeholder):
@@ -212,66 +205,6 @@ def _rebuild(header: dict[str, Any], state: dict[str, Tensor], path: Path) -> nn
     names = ("method", "spec", "options", "architecture", "data")
     label(model, Quantization(**{name: header[name] for name in names}))
     return model.requires_grad_(False).eval()
-
-
-def _check_architecture(
-    architecture: dict[str, Any], state: dict[str, Tensor], shapes: dict[str, torch.Size], path: Path
-) -> None:
-    """Build the architecture without memory, and compare its shapes with the file's.
-
-    A few letters in a header can ask for a model of any size: more parts than the file has tensors for end it at once.
-    """
-    held = sum(shape.numel() for shape in shapes.values()) + sum(tensor.numel() for tensor in state.values())
-    if (largest := _largest(architecture)) > held + ROOM:
-        raise IasvitError(f"{path} does not fit its architecture, which has a size of {largest:,}")
-    with torch.device("meta"), _at_most(2 * len(state) + 100):
-        model = build(architecture)
-    if unknown := sorted(set(architecture) - set(describe(model))):
-        raise IasvitError(f"{path} has an architecture with {unknown[0]!r}, which save does not describe")
-    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    elements = sum(tensor.numel() for tensor in [*model.parameters(), *model.buffers()])
-    if elements > held + ROOM:
-        raise IasvitError(f"{path} does not fit its architecture, which has {elements:,} values; the file has {held:,}")
-    found = {name: tensor.shape for name, tensor in state.items()} | {f"{n}.weight": s for n, s in shapes.items()}
-    for name, shape in expected.items():
-        if name in found and found[name] != shape:
-            raise IasvitError(
-                f"{path} does not fit its architecture: {name} has shape {tuple(found[name])} for {tuple(shape)}"
-            )
-    if missing := [name for name in expected if name not in found]:
-        raise IasvitError(f"{path} does not fit its architecture: {', '.join(missing[:4])}")
-
-
-def _largest(value: Any) -> int:
-    """The largest whole number in JSON."""
-    if isinstance(value, (dict, list)):
-        return max(map(_largest, value.values() if isinstance(value, dict) else value), default=0)
-    return value if isinstance(value, int) else 0
-
-
-@contextmanager
-def _at_most(count: int) -> Iterator[None]:
-    """Let models that are built meanwhile have so many parameters and buffers, and as many modules."""
-    numbers = {"parameters": 0, "modules": 0}
-
-    def counter(kind: str) -> Callable[[nn.Module, str, object], None]:
-        def hook(_module: nn.Module, _name: str, value: object) -> None:
-            numbers[kind] += value is not None
-            if numbers[kind] > 8 * count:
-                raise IasvitError(f"its architecture has more than {8 * count} {kind}, too many for its tensors")
-
-        return hook
-
-    handles = [
-        register_module_parameter_registration_hook(counter("parameters")),
-        register_module_buffer_registration_hook(counter("parameters")),
-        register_module_module_registration_hook(counter("modules")),
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class _Placeholder(Quantizer):

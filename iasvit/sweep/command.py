@@ -8,7 +8,8 @@ from pathlib import Path
 from iasvit.benchmark.harness import CHECKPOINT_ROOT
 from iasvit.benchmark.results import ResultStore
 from iasvit.leaderboard.aggregate import table
-from iasvit.sweep.engine import check_room, make_engine
+from iasvit.sweep.engine import check_room
+from iasvit.sweep.engines import make_engine
 from iasvit.sweep.plan import format_plan, make_plan, plan_grids
 from iasvit.sweep.run import RETRIES, say, sweep
 from iasvit.sweep.suite import find_suite, read_suite, shipped
@@ -61,11 +62,11 @@ def run(
     if checkpoints is None and engine == "local":
         checkpoints = CHECKPOINT_ROOT
     plan = make_plan(planned, store, force=force, stale=stale, checkpoints=checkpoints)
-    for task, dataset in sorted({(key.task, key.dataset) for key in plan.keys}):
-        store.check(task, dataset)
     runner = make_engine(engine, address)
     try:
         check_room(runner, [part.grid for part in planned])
+        for task, dataset in sorted({(key.task, key.dataset) for key in plan.keys}):
+            store.check(task, dataset)
     except BaseException:
         runner.close()
         raise

@@ -10,8 +10,6 @@ from iasvit.errors import IasvitError
 from iasvit.sweep.suite import Grid, Needs
 from iasvit.sweep.worker import Outcome, Work
 
-ENGINES = ("local", "ray")
-
 
 @dataclass(frozen=True)
 class Node:
@@ -69,30 +67,6 @@ class Engine(ABC):
     @abstractmethod
     def close(self) -> None:
         """End what still runs or waits, and leave no process behind."""
-
-
-def make_engine(name: str, address: str | None = None) -> Engine:
-    """An engine by name.
-
-    Args:
-        name: "local" for this machine, or "ray".
-        address: of a running Ray cluster; None for the one that RAY_ADDRESS names or that runs on this machine, else
-            for one that is started here and ended with the sweep.
-
-    Raises:
-        IasvitError: there is no such engine, or the address cannot be reached.
-    """
-    if name not in ENGINES:
-        raise IasvitError(f"--engine {name} is not known; there are {', '.join(ENGINES)}")
-    if name == "local":
-        from iasvit.sweep.local import LocalEngine
-
-        if address is not None:
-            raise IasvitError("--address does not go with --engine local; --engine ray takes it")
-        return LocalEngine()
-    from iasvit.sweep.ray_engine import RayEngine
-
-    return RayEngine(address)
 
 
 def check_room(engine: Engine, grids: Sequence[Grid]) -> None:

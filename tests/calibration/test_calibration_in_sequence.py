@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 
 import pytest
 import tiny_models
@@ -94,8 +93,8 @@ def test_in_a_stream_every_quantizer_is_set_as_in_one_forward_of_the_whole_model
         for _, layer in quant_layers(quantized):
             layer.weight_quantizer.enabled = False
     calibrate_in_sequence(list(quantizers_of(whole, weights=False)), lambda: whole(images))
-    runs: Counter[str] = Counter()
-    streamed.register_forward_pre_hook(lambda *_: runs.update(["whole model"]))
+    runs: list[Tensor] = []
+    streamed.forward = runs.append
     calibrate_in_stream(streamed, images.split(sizes))
     assert not runs
     for (path, quantizer), (_, wanted) in zip(

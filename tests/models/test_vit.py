@@ -227,7 +227,7 @@ def test_an_unknown_description_is_refused() -> None:
     with pytest.raises(IasvitError, match="'ConvNeXt' is not known"):
         build({"adapter": "ConvNeXt"})
     description = {**describe(tiny_models.vit()), "act": "NoSuchActivation"}
-    with pytest.raises(IasvitError, match="'NoSuchActivation' is found neither"):
+    with pytest.raises(IasvitError, match="activation 'NoSuchActivation' is not supported; supported are GELU"):
         build(description)
 
 

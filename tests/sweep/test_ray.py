@@ -18,7 +18,8 @@ from sweep_fakes import write_suite
 from iasvit.benchmark.results import ResultStore, read_rows
 from iasvit.errors import IasvitError
 from iasvit.sweep import ray_engine
-from iasvit.sweep.engine import Event, check_room, make_engine
+from iasvit.sweep.engine import Event, check_room
+from iasvit.sweep.engines import make_engine
 from iasvit.sweep.plan import Plan, make_plan, plan_grids
 from iasvit.sweep.ray_engine import RayEngine, check_address
 from iasvit.sweep.run import sweep
