@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import stat
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -36,13 +37,16 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise OSError(f"its name is not text in UTF-8 ({reason(error)})") from error
     if path.exists() and not stat.S_ISREG(path.stat().st_mode):
         raise OSError("it is a folder, a device or a pipe, but a file is expected")
-    temporary = path.with_name(f".{path.name[:100]}.{os.getpid()}.tmp")
+    name = path.name.encode()[:100].decode(errors="ignore")
+    temporary = path.with_name(f".{name}.{os.getpid()}-{threading.get_native_id()}.tmp")
+    temporary.unlink(missing_ok=True)
+    handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+    mode = os.fstat(handle).st_mode  # what umask or the folder's access list leave of it
+    os.close(handle)
     try:
         yield temporary
         with temporary.open("rb+") as file:
-            mask = os.umask(0)
-            os.umask(mask)
-            os.fchmod(file.fileno(), 0o666 & ~mask)  # safetensors makes files that the owner alone reads
+            os.fchmod(file.fileno(), stat.S_IMODE(mode))  # safetensors makes files that the owner alone reads
             os.fsync(file.fileno())
         os.replace(temporary, path)
         _sync_folder(path.parent)
@@ -85,9 +89,14 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         OSError, SafetensorError: the file cannot be read, or is no safetensors file.
         DamagedError: it has no checksums, or its content differs from them.
     """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError("it is a folder, a device or a pipe")  # which safetensors would wait for
     with safe_open(path, framework="pt") as file:
-        checksum, _, text = (file.metadata() or {}).get(SEAL, "").partition(" ")
+        seal = (file.metadata() or {}).get(SEAL, "")
+        checksum, _, text = seal.partition(" ")
         names = set(file.keys())
+        if seal.startswith("{"):
+            raise DamagedError("it is of an earlier version of iasvit, which wrote no checksums")
         if checksum != _checksum(text):
             raise DamagedError("its header differs from its checksum" if checksum else "it has no checksums")
         content = json.loads(text)

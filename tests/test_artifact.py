@@ -178,6 +178,18 @@ def test_other_things_than_files_of_save_are_refused(vit: nn.Module, path: Path)
         assert "is no quantized model" in complaint(path)
 
 
+def test_a_file_of_the_first_format_is_told_to_be_one(quantized: nn.Module, path: Path) -> None:
+    iasvit.save(quantized, path)
+    state, metadata = read_tensors(path)
+    save_file(state, path, metadata)  # the header alone, as it was then
+    assert "it is of an earlier version of iasvit, which wrote no checksums" in complaint(path)
+
+
+def test_a_pipe_is_no_model(path: Path) -> None:
+    os.mkfifo(path)
+    assert "is no quantized model" in complaint(path)
+
+
 FC1 = "blocks.1.mlp.fc1"
 
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import random
+import stat
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 import torch
@@ -39,6 +42,42 @@ def test_what_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Monk
         atomic_write(path, "new")
     assert str(error.value) == f"{path} cannot be written: No space left on device"
     assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_file_then_name_then_folder_reach_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A crash at any moment leaves the old file or the new one, never an empty one."""
+    calls: list[str] = []
+    sync, rename = os.fsync, os.replace
+
+    def fsync(descriptor: int) -> None:
+        calls.append("folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file")
+        sync(descriptor)
+
+    def replace(*paths: Path) -> None:
+        calls.append("name")
+        rename(*paths)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace)
+    atomic_write(tmp_path / "a.txt", "new")
+    assert calls == ["file", "name", "folder"]
+
+
+def test_threads_write_beside_under_names_of_their_own(tmp_path: Path) -> None:
+    """And under names of at most 255 bytes, for a file's own name may have as many."""
+    path, both = tmp_path / ("é" * 120), Barrier(2)
+
+    def write(text: str) -> None:
+        with replacing(path) as temporary:
+            both.wait(10)
+            temporary.write_text(text)
+            both.wait(10)
+            assert temporary.read_text() == text
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(write, ["one", "two"]))
+    assert path.read_text() in ("one", "two")
     assert list(tmp_path.iterdir()) == [path]
 
 

@@ -23,8 +23,8 @@ class Quantizer(nn.Module):
     `enabled` False, `forward` returns x as it is: full precision. Under torch.compile, which is for learning, a value
     next to a rounding tie may get the other code.
 
-    Subclasses name in `parameters_` the buffers that `calibrate` fills, in `integers` those that are int32, and in
-    `config` what else rebuilds them.
+    Subclasses name in `parameters_` the buffers that `calibrate` fills, in `integers` those that are int32, in
+    `positive` those that are above 0, and in `config` what else rebuilds them.
 
     Args:
         n_bits: bits of a code, 2 to 8.
@@ -33,6 +33,7 @@ class Quantizer(nn.Module):
     kind: ClassVar[str]
     parameters_: ClassVar[tuple[str, ...]]
     integers: ClassVar[tuple[str, ...]] = ("zero_point", "exponent")
+    positive: ClassVar[tuple[str, ...]] = ("scale", "exponent")
 
     def __init__(self, n_bits: int) -> None:
         super().__init__()
@@ -93,8 +94,8 @@ class Quantizer(nn.Module):
     def problem(self) -> str:
         """What is wrong with the parameters, "" where nothing is: "a scale of -1.0". Files are checked by it.
 
-        Those named in `integers` are int32, the others float32; each is finite, a scale above 0, and a scalar but
-        where the quantizer has one for each channel. One that is not enabled may have none.
+        Those named in `integers` are int32, the others float32. Each is finite, those in `positive` are above 0, and
+        each is a scalar but where the quantizer has one for each channel. One that is not enabled may have none.
         """
         for name in self.parameters_:
             value: Tensor = getattr(self, name)
@@ -105,7 +106,7 @@ class Quantizer(nn.Module):
                 return f"a {name} of {value.dtype}, not {dtype}"
             if value.ndim > (not self.elementwise) or not value.numel():
                 return f"a {name} of shape {tuple(value.shape)}"
-            least = torch.finfo(torch.float32).tiny if name == "scale" else -LARGEST
+            least = torch.finfo(torch.float32).tiny if name in self.positive else -LARGEST
             if len(wrong := value[~((value >= least) & (value <= LARGEST))].reshape(-1)):
                 return f"a {name} of {wrong[0].item()}"
         return ""

@@ -14,7 +14,13 @@ from hypothesis.extra import numpy as hnp
 from torch import Tensor
 
 from iasvit.errors import IasvitError
-from iasvit.quantizers import AdaLogQuantizer, Log2Quantizer, Quantizer, SULQuantizer, UniformQuantizer
+from iasvit.quantizers import (
+    AdaLogQuantizer,
+    Log2Quantizer,
+    Quantizer,
+    SULQuantizer,
+    UniformQuantizer,
+)
 from iasvit.quantizers.adalog import STEPS
 
 KINDS: dict[str, Callable[[int], Quantizer]] = {
@@ -168,6 +174,24 @@ def test_gradient_is_that_of_the_surrogate_with_rounding_passed_through(kind: st
         coarse = 0.51 / quantizer.n_levels if kind == "adalog" else 1e-3  # its table is rounded
         assert gradient == pytest.approx(surrogate, rel=coarse), at
     assert 50 < clamped < len(x) - 100
+
+
+@every_kind
+def test_every_parameter_that_a_file_could_hold_wrong_is_a_problem(kind: str) -> None:
+    quantizer = fitted(kind, 3, torch.rand(50, 3))
+    assert quantizer.problem() == ""
+    for name in quantizer.parameters_:
+        value = getattr(quantizer, name).clone()
+        wrong = [value.double(), value[..., None, None], value[..., None][..., :0], torch.full_like(value, 2**31 - 1)]
+        if name in quantizer.positive:
+            wrong += [torch.zeros_like(value), -value]
+        if value.is_floating_point():
+            wrong += [torch.full_like(value, bad) for bad in (math.nan, math.inf, -math.inf)]
+        for each in wrong:
+            setattr(quantizer, name, each)
+            assert quantizer.problem().startswith(f"a {name} of "), each
+        setattr(quantizer, name, value)
+    assert quantizer.problem() == ""
 
 
 @every_kind
