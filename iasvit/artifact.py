@@ -238,5 +238,18 @@ def _quantizer(classes: dict[str, type[Quantizer]], configs: dict[str, Any], nam
         kind = "none" if config is None else repr(config["kind"])
         raise IasvitError(f"{path} has for {name!r} a quantizer of kind {kind}; known are {', '.join(sorted(classes))}")
     quantizer = classes[config["kind"]](config["n_bits"])
+    known = quantizer.config()
+    for key, value in config.items():
+        if key not in known or not _alike(value, known[key]):
+            raise IasvitError(f"{path} is damaged: {name!r} has {key} {str(value)[:40]!r}")
     quantizer.configure(config)
     return quantizer
+
+
+def _alike(value: Any, known: Any) -> bool:
+    """Whether a value of a configuration has a type that the known one can have."""
+    if isinstance(known, list):
+        return isinstance(value, list) and all(type(each) in (int, float) for each in value)
+    if known is None or value is None:  # a dimension, or none
+        return (type(value), type(known)) in ((int, type(None)), (type(None), int), (type(None), type(None)))
+    return type(value) is type(known)

@@ -239,6 +239,8 @@ def _put(name: str, tensor: Tensor | None) -> Callable[[dict, dict], None]:
         (_drop("quantizers", f"{FC1}.input_quantizer"), f"'{FC1}.input_quantizer' a quantizer of kind none"),
         (_edit("quantizers", f"{FC1}.input_quantizer", "kind", value="os"), "'os'; known are"),
         (_edit("quantizers", f"{FC1}.weight_quantizer", "n_bits", value=7), "damaged"),
+        (_edit("quantizers", f"{FC1}.input_quantizer", "channel_dim", value=[1]), "has channel_dim '[1]'"),
+        (_edit("quantizers", f"{FC1}.input_quantizer", "enabled", value="x"), "has enabled 'x'"),
         (_drop("architecture"), "architecture"),
         (_edit("architecture", "embed_dim", value=16), "has shape"),
         (_edit("architecture", "depth", value=1), "blocks.1"),
@@ -316,6 +318,44 @@ def test_a_changed_file_is_never_another_model(quantized: nn.Module, path: Path,
         else:
             assert torch.equal(loaded(images[:1]), expected)
     assert refused > 130
+
+
+VALUES = (None, True, 0, -1, 3, 10**9, 1.5, 1e300, "", "x", "sulq", [], [1], [10**6, 10**6], {}, {"a": 1})
+
+
+def _leaves(value: Any, path: tuple = ()) -> list[tuple]:
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [*([path] if path else []), *(leaf for key, each in items for leaf in _leaves(each, (*path, key)))]
+
+
+@pytest.mark.parametrize("method", ["ptq4vit", "ias_vit[softmax=log2_searched]"])
+def test_a_forged_header_is_refused_or_runs(method: str, path: Path, images: Tensor) -> None:
+    """Any value changed, added or taken away, with checksums that fit: one sentence, or a model that answers."""
+    steps = {"iterations": 1} if method.startswith("ias") else {"candidates": 3}
+    iasvit.save(iasvit.quantize(tiny_models.vit(depth=1), images[:2], "W3A4", method, **steps), path)
+    state, metadata = read_tensors(path)
+    numbers, said = random.Random(0), []
+    for number in range(60):
+        header = json.loads(metadata["iasvit"])
+        *parents, last = numbers.choice(_leaves(header))
+        place = header
+        for key in parents:
+            place = place[key]
+        if number % 4 == 0:
+            del place[last]
+        elif number % 4 == 1 and isinstance(place, dict):
+            place["extra"] = numbers.choice(VALUES)
+        else:
+            place[last] = numbers.choice(VALUES)
+        write_tensors(path, dict(state), {"iasvit": json.dumps(header)})
+        try:
+            loaded = iasvit.load(path)
+        except IasvitError as error:
+            said.append(str(error))
+        else:
+            assert torch.isfinite(loaded(images[:1])).all(), (*parents, last)
+    assert 10 < len(said) < 60
+    assert all(text.startswith(str(path)) and "\n" not in text for text in said)
 
 
 @pytest.mark.parametrize(

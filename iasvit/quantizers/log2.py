@@ -114,3 +114,5 @@ class Log2Quantizer(Quantizer):
         super().configure(config)
         self.steps_per_octave, self.percentiles = config["steps_per_octave"], tuple(config["percentiles"])
         self.zero_code = config.get("zero_code", True)  # files of earlier versions do not say
+        if self.steps_per_octave not in (1, 2):
+            raise IasvitError(f"steps_per_octave is {self.steps_per_octave}, but 1 or 2 is expected")
