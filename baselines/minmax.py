@@ -42,6 +42,10 @@ class MinMax:
         """See `iasvit.methods.Method`; the first `init_size`."""
         return min(self.init_size, calib_size)
 
+    def forwards(self, calib_size: int) -> float:
+        """See `iasvit.methods.Method`; two passes."""
+        return 2 * self.images_used(calib_size)
+
     def quantize(self, model: nn.Module, calibration: Calibration, spec: QuantSpec, progress: Progress) -> nn.Module:
         """See `iasvit.methods.Method`."""
         quantized = prepare(model, spec, self.weight_quantizer, self.activation_quantizer)

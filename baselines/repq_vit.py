@@ -52,6 +52,10 @@ class RepQViT:
         """See `iasvit.methods.Method`; the first `init_size`."""
         return min(self.init_size, calib_size)
 
+    def forwards(self, calib_size: int) -> float:
+        """See `iasvit.methods.Method`; measured."""
+        return 100 * self.images_used(calib_size)
+
     @torch.no_grad()
     def quantize(self, model: nn.Module, calibration: Calibration, spec: QuantSpec, progress: Progress) -> nn.Module:
         """See `iasvit.methods.Method`."""

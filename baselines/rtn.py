@@ -37,6 +37,10 @@ class RTN:
         """See `iasvit.methods.Method`; none."""
         return 0
 
+    def forwards(self, calib_size: int) -> float:
+        """See `iasvit.methods.Method`; no image is read."""
+        return 0.0
+
     def quantize(self, model: nn.Module, calibration: Calibration, spec: QuantSpec, progress: Progress) -> nn.Module:
         """See `iasvit.methods.Method`; the calibration images are not used."""
         quantized = prepare(model, spec, self.weight_quantizer, self.activation_quantizer)

@@ -33,7 +33,9 @@ class Method(Protocol):
 
     A class may also have `version: ClassVar[int]`, raised whenever its numbers change (1 without it), and
     `changelog: ClassVar[dict[int, str]]`, version → what changed them. Rows say which version measured them. A method
-    that does not read all calibration images says so in `images_used(self, calib_size: int) -> int`; see there.
+    that does not read all calibration images says so in `images_used(self, calib_size: int) -> int`; see there. What it
+    takes, as so many forward passes of one image in full precision, `forwards(self, calib_size: int) -> float` says,
+    roughly; `--dry-run` and the time left rest on it.
 
     An option's value must be of its field's type, and in the range that stands beside it: `Annotated[int, Range(1)]`
     of `iasvit.options`.

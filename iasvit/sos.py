@@ -76,6 +76,10 @@ class IASViT:
     def __post_init__(self) -> None:
         check_fields(self)
 
+    def forwards(self, calib_size: int) -> float:
+        """See `iasvit.methods.Method`; a step is a forward and a backward with quantizers, in each of two stages."""
+        return 12.0 * (1000 if self.iterations is None else self.iterations) * self.batch_size + 4 * calib_size
+
     def quantize(self, model: nn.Module, calibration: Calibration, spec: QuantSpec, progress: Progress) -> nn.Module:
         """See `iasvit.methods.Method`."""
         quantized = prepare(model, spec, self.weight_quantizer, self.activation_quantizer)

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 if __name__ == "__main__":  # before imports that take seconds
     from iasvit.interrupts import end_on_signals
+    from iasvit.threads import wait_passively
 
     end_on_signals()
+    wait_passively()
 
 from collections.abc import Sequence
 from functools import partial
@@ -212,6 +214,8 @@ def coco(
     force: command.Force = False,
     stale: command.Stale = False,
     save: command.Save = None,
+    jobs: command.Jobs = None,
+    threads: command.Threads = None,
     results: command.Results = command.RESULTS,
 ) -> None:
     """Quantize and evaluate detectors: every detector on every backbone at all bits by every method with all seeds.
@@ -241,7 +245,18 @@ def coco(
         limit=limit,
     )
     printed = ("bbox_mAP", "segm_mAP")
-    command.run(task, cells, results, printed=printed, dry_run=dry_run, force=force, stale=stale, save=save)
+    command.run(
+        task,
+        cells,
+        results,
+        printed=printed,
+        dry_run=dry_run,
+        force=force,
+        stale=stale,
+        save=save,
+        jobs=jobs,
+        threads=threads,
+    )
 
 
 if __name__ == "__main__":

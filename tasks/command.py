@@ -15,14 +15,16 @@ from torch import nn
 
 from iasvit.benchmark.estimate import estimate, format_estimates
 from iasvit.benchmark.harness import Cell, exit_status, run_cells
+from iasvit.benchmark.parallel import run_side_by_side
 from iasvit.benchmark.results import ResultStore
-from iasvit.benchmark.task import Task
+from iasvit.benchmark.task import EMBEDDED, Task
 from iasvit.errors import IasvitError, reason, shown
 from iasvit.leaderboard.aggregate import table
 from iasvit.methods import get_method, list_methods, method_options, parse_value
 from iasvit.models import Site, insert_quantizers
 from iasvit.quantizers import UniformQuantizer
 from iasvit.spec import QuantSpec
+from iasvit.threads import free_cores, usable_cores
 
 T = TypeVar("T")
 
@@ -52,6 +54,17 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the cells and the
 Force = Annotated[bool, typer.Option("--force", help="Measure also cells that are stored.")]
 Stale = Annotated[bool, typer.Option("--stale", help="Measure also cells that are stored of another version.")]
 Save = Annotated[Path | None, typer.Option(help="Folder to keep every quantized model in; its row names the file.")]
+Jobs = Annotated[
+    int | None,
+    typer.Option(
+        help="Cells measured at once on a CPU, each with one thread. [mini: the cores there are; else 1]",
+        show_default=False,
+    ),
+]
+Threads = Annotated[
+    int | None,
+    typer.Option(help="Threads of torch, where one cell runs at a time. [the cores that are idle]", show_default=False),
+]
 Results = Annotated[Path, typer.Option(help="Folder for the rows.")]
 RESULTS = Path("results/runs")
 MAX_SEED = 2**32 - 1  # what NumPy's generators take
@@ -255,6 +268,8 @@ def run(
     force: bool = False,
     stale: bool = False,
     save: Path | None = None,
+    jobs: int | None = None,
+    threads: int | None = None,
 ) -> NoReturn:
     """Measure the cells and print their table, or print what they would cost; then leave the command.
 
@@ -267,20 +282,43 @@ def run(
         force: measure also cells that are stored.
         stale: measure also cells that are stored of another version.
         save: folder for the quantized models; None keeps none.
+        jobs: cells at once; by default on a CPU as many as there are cores for embedded data, else 1.
+        threads: of torch, where one cell runs at a time; by default the cores that are idle.
 
     Raises:
         typer.Exit: always; status 1 where a cell failed, else 0.
         IasvitError: as `run_cells`.
     """
+    at_least("--jobs", jobs, 1)
+    at_least("--threads", threads, 1)
     store = ResultStore(results)
+    count = _jobs(task, jobs, threads)
+    if task.device.type == "cpu":
+        torch.set_num_threads(1 if count > 1 else threads or free_cores())
     if dry_run:
         print(format_estimates(estimate(task, cells, store, force=force, stale=stale)))
         raise typer.Exit
-    rows = run_cells(task, cells, store, force=force, stale=stale, save=save)
+    if count > 1:
+        rows = run_side_by_side(task, cells, store, count, force=force, stale=stale, save=save)
+    else:
+        rows = run_cells(task, cells, store, force=force, stale=stale, save=save)
     scored = {metric.name for metric in task.scored}
     print(table(rows, [name for name in printed if name in scored]))
     print(f"\nrows: {store.path(task.name, task.data.name)}")
     raise typer.Exit(exit_status(rows))
+
+
+def _jobs(task: Task, jobs: int | None, threads: int | None) -> int:
+    """How many cells to measure at once."""
+    if jobs is None:
+        return usable_cores() if task.data.kind == EMBEDDED and task.device.type == "cpu" and threads is None else 1
+    if jobs > 1 and task.device.type != "cpu":
+        raise IasvitError(
+            f"--jobs is {jobs}, but cells run side by side on a CPU alone; on GPUs iasvit sweep does that"
+        )
+    if jobs > 1 and threads is not None and threads > 1:
+        raise IasvitError(f"--threads is {threads}, but cells side by side have one thread each; leave out one of both")
+    return jobs
 
 
 class _Lines(logging.Handler):

@@ -60,11 +60,10 @@ def estimate(
             )
             seconds = _scaled(nearest, job.key, iterations, batch_size)
             estimates.append(Estimate(cell, seconds, f"stored row of {nearest['time'][:10]}"))
-        elif iterations is not None:
+        elif (forwards := _forwards(cell)) is not None:
             if cell.model not in image_seconds:
                 image_seconds[cell.model] = _time_forward(task, cell.model)
-            # A step is a forward and a backward, three forwards' work; two stages; and quantizers double a forward.
-            forwards = 2 * (3 * 2 * iterations * batch_size + 2 * cell.calib_size + task.split_size)
+            forwards += 2 * task.split_size  # quantizers double a forward
             estimates.append(Estimate(cell, image_seconds[cell.model] * forwards, "rough, from one timed forward"))
         else:
             estimates.append(Estimate(cell, None, "no measurement yet"))
@@ -77,6 +76,15 @@ def _steps(cell: Cell) -> tuple[int | None, int]:
         return None, 1
     method = make_method(cell)
     return getattr(method, "iterations", None), getattr(method, "batch_size", 1)
+
+
+def _forwards(cell: Cell) -> float | None:
+    """Forward passes of one image that a cell's method says it takes; None where it does not say."""
+    if cell.method == FULL_PRECISION:
+        return 0.0
+    method = make_method(cell)
+    forwards = getattr(method, "forwards", None)
+    return None if forwards is None else forwards(cell.calib_size)
 
 
 def _scaled(row: Row, key: Key, iterations: int | None, batch_size: int) -> float:
@@ -100,10 +108,13 @@ def _time_forward(task: Task, model: str) -> float:
     batches = [images] if isinstance(images, Tensor) else list(images)  # images of different sizes come one by one
     batches = [batch.to(device_of(network)) for batch in batches]
     task.forward(network, batches[0][:1])
-    start = time.perf_counter()
-    for batch in batches:
-        task.forward(network, batch)
-    return (time.perf_counter() - start) / len(images)
+    seconds = []
+    for _ in range(3):  # the machine may have other things to do
+        start = time.perf_counter()
+        for batch in batches:
+            task.forward(network, batch)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds) / len(images)
 
 
 def format_estimates(estimates: Sequence[Estimate]) -> str:

@@ -34,6 +34,8 @@ from iasvit.spec import QuantSpec
 FULL_PRECISION = "fp32"  # the method's name in the row of a model that is not quantized
 CHECKPOINT_ROOT = Path(".iasvit/checkpoints")
 
+Reference = tuple[Outputs, Row]  # of a model in full precision
+
 _LONGEST_NAME = 150  # characters of a saved model's file name, fingerprint and suffix apart
 _STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
 
@@ -69,6 +71,7 @@ def run_cells(
     stale: bool = False,
     save: Path | None = None,
     quiet: bool = False,
+    references: dict[str, Reference] | None = None,
 ) -> list[Row]:
     """Measure each cell that the store does not hold yet, and store a row for each as soon as it is done.
 
@@ -86,6 +89,7 @@ def run_cells(
         stale: measure also cells that are stored by another version of the method or the task.
         save: folder that keeps the quantized model of each cell measured, a file each; None for none.
         quiet: print nothing on standard error.
+        references: model → what `reference` returned of it; what is missing is measured and added.
 
     Returns:
         The row of each cell, in order: just measured, or the stored one.
@@ -95,12 +99,34 @@ def run_cells(
             data that cannot be used.
     """
     jobs = make_jobs(task, cells)
-    run = _Run(task, store, Path(checkpoint_root), force, stale, save, quiet)
+    run = _Run(task, store, Path(checkpoint_root), force, stale, save, quiet, {} if references is None else references)
     if any(stored_row(store, job.key, force=force, stale=stale) is None for job in jobs):
         store.check(task.name, task.data.name)
     numbers = [f"[{number}/{len(jobs)}]" for number in range(1, len(jobs) + 1)]
     rows = [run.measure(job, number, wait=False) for job, number in zip(jobs, numbers, strict=True)]
     return [row or run.wait(job, number) for row, job, number in zip(rows, jobs, numbers, strict=True)]
+
+
+def reference(
+    task: Task, cell: Cell, store: ResultStore, *, checkpoint_root: Path = CHECKPOINT_ROOT, force: bool = False
+) -> Reference:
+    """Outputs and row of a cell's model in full precision, evaluated where the row does not hold all that is needed."""
+    (job,) = make_jobs(task, [cell])
+    return _Run(task, store, Path(checkpoint_root), force, False, None, True, {}).reference(job)
+
+
+def title_of(task: Task, job: Job) -> str:
+    """A cell in one line, for messages."""
+    return f"{task.name} {task.data.name}: {job.cell.model} {job.cell.method} {job.key.spec} seed {job.key.seed}"
+
+
+def result_of(task: Task, row: Row) -> str:
+    """What came of a cell in one line, for messages."""
+    if row["status"] != "ok":
+        return f"failed: {row['reason']}"
+    return ", ".join(
+        f"{m.name} {row[m.name]:.{m.digits}f} (fp32 {row[f'fp_{m.name}']:.{m.digits}f})" for m in task.primary
+    )
 
 
 def exit_status(rows: Sequence[Row]) -> int:
@@ -186,11 +212,11 @@ class _Run:
     stale: bool
     save: Path | None
     quiet: bool
+    references: dict[str, Reference]
 
     def __post_init__(self) -> None:
         self.primary = [metric.name for metric in self.task.primary]
         self.metrics = [metric.name for metric in self.task.scored]
-        self._reference: dict[str, tuple[Outputs, Row]] = {}
         if self.save is not None:
             check_writable(self.save / f"{'x' * _LONGEST_NAME}-12345678.safetensors", self.save)
 
@@ -206,9 +232,7 @@ class _Run:
 
     def measure(self, job: Job, number: str, wait: bool) -> Row | None:
         """The row of a cell, from the store or measured now; None, unless it is to wait, where another process does."""
-        cell = job.cell
-        data = f"{self.task.name} {self.task.data.name}"
-        title = f"{number} {data}: {cell.model} {cell.method} {job.key.spec} seed {job.key.seed}"
+        title = f"{number} {title_of(self.task, job)}"
         if (stored := self._stored(job, title)) is not None:
             return stored
         if job.spec is None:
@@ -256,13 +280,7 @@ class _Run:
         self.store.append(row)
         if row["status"] == "ok":
             progress.discard()
-            values = ", ".join(
-                f"{m.name} {row[m.name]:.{m.digits}f} (fp32 {row[f'fp_{m.name}']:.{m.digits}f})"
-                for m in self.task.primary
-            )
-            self.say(f"{number} {values}, {time.perf_counter() - start:.0f} s")
-        else:
-            self.say(f"{number} failed: {row['reason']}")
+        self.say(f"{number} {result_of(self.task, row)}, {time.perf_counter() - start:.0f} s")
         return row
 
     def _remark(self, job: Job, stored: Row) -> str:
@@ -274,21 +292,21 @@ class _Run:
             remarks += ", without a model file; --force measures it again and keeps one"
         return remarks
 
-    def reference(self, job: Job) -> tuple[Outputs, Row]:
+    def reference(self, job: Job) -> Reference:
         """The full-precision model's outputs and row; evaluated, and the row stored, once a run.
 
         A row of another version of the task is no reference for what is measured now.
         """
         job = reference_job(job)
         model = job.cell.model
-        if model not in self._reference:
+        if model not in self.references:
             # Where a stored row is all that is needed, the second of two processes waits for the first one's.
             wait = type(self.task).recall is not Task.recall
             with locked(self._lock(job), wait):
-                self._reference[model] = self._find_reference(job)
-        return self._reference[model]
+                self.references[model] = self._find_reference(job)
+        return self.references[model]
 
-    def _find_reference(self, job: Job) -> tuple[Outputs, Row]:
+    def _find_reference(self, job: Job) -> Reference:
         """The same, from the store or evaluated now."""
         model = job.cell.model
         stored = stored_row(self.store, job.key, force=self.force, stale=True)

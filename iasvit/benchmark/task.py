@@ -14,6 +14,7 @@ from iasvit.errors import IasvitError
 from iasvit.plugins import load
 
 if TYPE_CHECKING:  # to list tasks must not import torch
+    import torch
     from torch import Tensor, nn
     from typer import Typer
 
@@ -94,6 +95,7 @@ class Task(ABC):
         data_sets: data sets by name, as far as they are known beforehand; any other is real data.
         data: what this instance runs on.
         split_size: images evaluated.
+        device: where models run.
     """
 
     name: ClassVar[str]
@@ -104,6 +106,7 @@ class Task(ABC):
     data_sets: ClassVar[dict[str, DataSet]] = {}
     data: DataSet
     split_size: int
+    device: torch.device
 
     @property
     def scored(self) -> tuple[Metric, ...]:
