@@ -32,7 +32,9 @@ def usable_cores(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
 
 
 def free_cores(stat: Path = Path("/proc/stat")) -> int:
-    """Cores of those that are idle now, at least 1; measured over SAMPLE seconds."""
+    """Cores of those that are idle now, at least 1, measured over SAMPLE seconds; or what OMP_NUM_THREADS says."""
+    if (given := os.environ.get("OMP_NUM_THREADS", "")).isdecimal():
+        return max(1, int(given))
     before = _idle(stat)
     time.sleep(SAMPLE)
     after = _idle(stat)

@@ -93,6 +93,7 @@ class CocoTask(Task):
         calib_size: int | None = None,
         init_size: int | None = None,
         iterations: int | None = None,
+        recipe: str = "paper",
         batch_size: int | None = None,
         lr: float | None = None,
         option: list[str] | None = None,
@@ -108,7 +109,7 @@ class CocoTask(Task):
         specs = unique([scoped(text, scope) for text in bits])
         given = {"iterations": iterations, "batch_size": batch_size, "lr": lr, "init_size": init_size}
         given = command.parse_options(option or [], given)
-        cells = command.make_cells(models, specs, method, seed, calib_size, data.profile, given)
+        cells = command.make_cells(models, specs, method, seed, calib_size, data.profile.by(recipe), given)
         command.check_checkpoint(checkpoint, models)
         setup = make_setup(
             data,
@@ -204,6 +205,7 @@ def coco(
     calib_size: Annotated[int | None, number("Calibration images.", "calib_size")] = None,
     init_size: Annotated[int | None, number("Of them, those that quantizers are initialised on.", "init_size")] = None,
     iterations: Annotated[int | None, number("Steps a block and stage.", "iterations")] = None,
+    recipe: command.Recipe = "paper",
     batch_size: Annotated[int | None, number("Images a step.", "batch_size")] = None,
     lr: Annotated[float | None, number("Learning rate.", "lr")] = None,
     options: command.MethodOptions = None,
@@ -238,6 +240,7 @@ def coco(
         calib_size=calib_size,
         init_size=init_size,
         iterations=iterations,
+        recipe=recipe,
         batch_size=batch_size,
         lr=lr,
         option=options,

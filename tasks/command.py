@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, Protocol, TypeVar
 
@@ -23,6 +23,7 @@ from iasvit.leaderboard.aggregate import table
 from iasvit.methods import get_method, list_methods, method_options, parse_value
 from iasvit.models import Site, insert_quantizers
 from iasvit.quantizers import UniformQuantizer
+from iasvit.sos import RECIPES
 from iasvit.spec import QuantSpec
 from iasvit.threads import free_cores, usable_cores
 
@@ -39,6 +40,9 @@ Checkpoint = Annotated[
     Path | None, typer.Option(help="Weights of the one model: safetensors, or torch.save's of tensors.")
 ]
 Pretrained = Annotated[bool, typer.Option(help="Trained weights, or random ones of a fixed seed.")]
+Recipe = Annotated[
+    str, typer.Option(help='"paper", or "fast": a fifth of the steps at a higher learning rate, where not given.')
+]
 MethodOptions = Annotated[
     list[str] | None,
     typer.Option(
@@ -81,6 +85,7 @@ class Profile:
         iterations: reconstruction steps of a block and stage, below 6 bits.
         iterations_6_bits: the same from 6 bits on.
         lr: of reconstruction.
+        fast_lr: the same with --recipe fast, which takes a fifth of the iterations.
         init_size: of the calibration images, those that quantizers are initialised on; None leaves it to the method.
     """
 
@@ -90,6 +95,7 @@ class Profile:
     iterations: int = 1000
     iterations_6_bits: int = 200
     lr: float = 4e-5
+    fast_lr: float = 4e-4
     init_size: int | None = None
 
     def options(self, spec: QuantSpec) -> dict[str, Any]:
@@ -98,6 +104,19 @@ class Profile:
         iterations = self.iterations if low else self.iterations_6_bits
         options = {"iterations": iterations, "batch_size": self.batch_size, "lr": self.lr, "init_size": self.init_size}
         return {name: value for name, value in options.items() if value is not None}
+
+    def by(self, recipe: str) -> Profile:
+        """This profile by the recipe "paper", as it is, or "fast".
+
+        Raises:
+            IasvitError: there is no such recipe.
+        """
+        if recipe not in RECIPES:
+            raise IasvitError(f"--recipe {shown(recipe)[1:-1]} is not known; there are {', '.join(RECIPES)}")
+        if recipe == "paper":
+            return self
+        iterations = self.iterations // 5, self.iterations_6_bits // 5
+        return replace(self, iterations=iterations[0], iterations_6_bits=iterations[1], lr=self.fast_lr)
 
 
 def profile_option(text: str, name: str, mini: Profile, real: Profile) -> Any:

@@ -90,6 +90,7 @@ class ImageNetTask(Task):
         img_size: int | None = None,
         calib_size: int | None = None,
         iterations: int | None = None,
+        recipe: str = "paper",
         batch_size: int | None = None,
         lr: float | None = None,
         option: list[str] | None = None,
@@ -98,7 +99,7 @@ class ImageNetTask(Task):
     ) -> tuple[ImageNetTask, list[Cell]]:
         """See `Task`; the parameters are the command's options."""
         at_least("--img-size", img_size, 1)
-        profile = find_source(data).profile
+        profile = find_source(data).profile.by(recipe)
         backbones = unique(backbone or profile.models)
         specs = unique([QuantSpec.parse(text) for text in bits])
         given = command.parse_options(option or [], {"iterations": iterations, "batch_size": batch_size, "lr": lr})
@@ -237,6 +238,7 @@ def imagenet(
     ] = None,
     calib_size: Annotated[int | None, number("Calibration images.", "calib_size")] = None,
     iterations: Annotated[int | None, number("Steps a block and stage.", "iterations")] = None,
+    recipe: command.Recipe = "paper",
     batch_size: Annotated[int | None, number("Images a step.", "batch_size")] = None,
     lr: Annotated[float | None, number("Learning rate.", "lr")] = None,
     options: command.MethodOptions = None,
@@ -270,6 +272,7 @@ def imagenet(
         img_size=img_size,
         calib_size=calib_size,
         iterations=iterations,
+        recipe=recipe,
         batch_size=batch_size,
         lr=lr,
         option=options,

@@ -75,12 +75,18 @@ def full_precision() -> tuple[nn.Module, Tensor, Outputs]:
     return model, calibration, outputs_of(model)
 
 
+@cache
+def validation() -> list[tuple[Tensor, Tensor]]:
+    """Images and labels in batches; to draw them takes longer than the models."""
+    config = resolve_data_config(model=zoo.build("deit_t"))
+    return [(images, labels) for images, labels, _ in MiniImages(limit=256).batches(config)]
+
+
 @torch.inference_mode()
 def outputs_of(model: nn.Module) -> Outputs:
     seen: dict[nn.Module, list[Tensor]] = {block: [] for block in model.blocks[:2]}
     hooks = [block.register_forward_hook(lambda block, _, output: seen[block].append(output)) for block in seen]
-    config = resolve_data_config(model=zoo.build("deit_t"))
-    batches = [(model(images), labels) for images, labels, _ in MiniImages(limit=256).batches(config)]
+    batches = [(model(images), labels) for images, labels in validation()]
     for hook in hooks:
         hook.remove()
     logits, labels = zip(*batches, strict=True)

@@ -60,7 +60,7 @@ def estimate(
             )
             seconds = _scaled(nearest, job.key, iterations, batch_size)
             estimates.append(Estimate(cell, seconds, f"stored row of {nearest['time'][:10]}"))
-        elif (forwards := _forwards(cell)) is not None:
+        elif (forwards := _forwards(cell, iterations, batch_size)) is not None:
             if cell.model not in image_seconds:
                 image_seconds[cell.model] = _time_forward(task, cell.model)
             forwards += 2 * task.split_size  # quantizers double a forward
@@ -78,13 +78,15 @@ def _steps(cell: Cell) -> tuple[int | None, int]:
     return getattr(method, "iterations", None), getattr(method, "batch_size", 1)
 
 
-def _forwards(cell: Cell) -> float | None:
-    """Forward passes of one image that a cell's method says it takes; None where it does not say."""
+def _forwards(cell: Cell, iterations: int | None, batch_size: int) -> float | None:
+    """Forward passes of one image that a cell's method takes, roughly; None where nothing says."""
     if cell.method == FULL_PRECISION:
         return 0.0
-    method = make_method(cell)
-    forwards = getattr(method, "forwards", None)
-    return None if forwards is None else forwards(cell.calib_size)
+    forwards = getattr(make_method(cell), "forwards", None)
+    if forwards is not None:
+        return forwards(cell.calib_size)
+    # A step is a forward and a backward with quantizers, six forwards' work, in each of two stages.
+    return None if iterations is None else 12.0 * iterations * batch_size + 4 * cell.calib_size
 
 
 def _scaled(row: Row, key: Key, iterations: int | None, batch_size: int) -> float:

@@ -89,7 +89,7 @@ def test_a_reader_sees_what_another_process_appended(store: ResultStore) -> None
 @pytest.mark.parametrize("widening", [False, True])
 def test_concurrent_writers_lose_nothing(store: ResultStore, reports: list[str], widening: bool) -> None:
     """Also while some of them add columns, which replaces the file under the others."""
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")
     writers = [
         context.Process(target=append_rows, args=(store.folder, w, 50, f"metric{w}" if widening else None))
         for w in range(4)

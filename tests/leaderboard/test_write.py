@@ -189,7 +189,7 @@ def test_malformed_rows_are_reported_by_line_and_the_rest_is_shown(tmp_path: Pat
 def test_appending_while_the_leaderboard_runs_loses_nothing(tmp_path: Path) -> None:
     """Nor does a row that is half written while it is read pass for a malformed one, columns being added or not."""
     runs, out = tmp_path / "runs", tmp_path / "out"
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")
     writers = [context.Process(target=append_rows, args=(runs, w, 40, f"metric{w}" if w else None)) for w in range(3)]
     for writer in writers:
         writer.start()

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
+import torch
 
 from iasvit.errors import IasvitError
 from iasvit.spec import QuantSpec
+from tasks import command
 from tasks.command import Profile, make_cells, make_device, parse_options
 
 
@@ -61,6 +65,32 @@ def test_the_same_number_is_the_same_cell() -> None:
 def test_seeds_are_those_of_all_generators() -> None:
     with pytest.raises(IasvitError, match="--seed is 4294967296, but 4294967295 at most is expected"):
         make_cells(["m"], [QuantSpec.parse("W4A4")], ["rtn"], [2**32], 4, Profile(), {})
+
+
+@pytest.mark.parametrize(
+    ("jobs", "threads", "device", "kind", "expected"),
+    [
+        (None, None, "cpu", "embedded", 6),
+        (None, None, "cpu", "real", 1),
+        (None, 2, "cpu", "embedded", 1),
+        (None, None, "cuda", "embedded", 1),
+        (3, None, "cpu", "real", 3),
+        (3, 1, "cpu", "real", 3),
+        (1, 4, "cpu", "embedded", 1),
+        (2, None, "cuda", "real", "--jobs is 2, but cells run side by side on a CPU alone"),
+        (2, 4, "cpu", "real", "--threads is 4, but cells side by side have one thread each"),
+    ],
+)
+def test_how_many_cells_run_at_once(
+    monkeypatch: pytest.MonkeyPatch, jobs: int | None, threads: int | None, device: str, kind: str, expected: int | str
+) -> None:
+    monkeypatch.setattr(command, "usable_cores", lambda: 6)
+    task = SimpleNamespace(data=SimpleNamespace(kind=kind), device=torch.device(device))
+    if isinstance(expected, int):
+        assert command._jobs(task, jobs, threads) == expected
+    else:
+        with pytest.raises(IasvitError, match=expected):
+            command._jobs(task, jobs, threads)
 
 
 @pytest.mark.parametrize("name", ["meta", "cuda:99", "nope", "\udcff"])
