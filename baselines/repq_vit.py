@@ -54,7 +54,7 @@ class RepQViT:
 
     def forwards(self, calib_size: int) -> float:
         """See `iasvit.methods.Method`; measured."""
-        return 100 * self.images_used(calib_size)
+        return 30 * self.images_used(calib_size)
 
     @torch.no_grad()
     def quantize(self, model: nn.Module, calibration: Calibration, spec: QuantSpec, progress: Progress) -> nn.Module:

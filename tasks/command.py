@@ -312,7 +312,7 @@ def run(
     at_least("--threads", threads, 1)
     store = ResultStore(results)
     count = _jobs(task, jobs, threads)
-    if task.device.type == "cpu":
+    if torch.device(task.device).type == "cpu":
         torch.set_num_threads(1 if count > 1 else threads or free_cores())
     if dry_run:
         print(format_estimates(estimate(task, cells, store, force=force, stale=stale)))
@@ -329,12 +329,11 @@ def run(
 
 def _jobs(task: Task, jobs: int | None, threads: int | None) -> int:
     """How many cells to measure at once."""
+    on_cpu = torch.device(task.device).type == "cpu"
     if jobs is None:
-        return usable_cores() if task.data.kind == EMBEDDED and task.device.type == "cpu" and threads is None else 1
-    if jobs > 1 and task.device.type != "cpu":
-        raise IasvitError(
-            f"--jobs is {jobs}, but cells run side by side on a CPU alone; on GPUs iasvit sweep does that"
-        )
+        return usable_cores() if task.data.kind == EMBEDDED and on_cpu and threads is None else 1
+    if jobs > 1 and not on_cpu:
+        raise IasvitError(f"--jobs is {jobs}, but cells run side by side on a CPU alone; iasvit sweep has GPUs")
     if jobs > 1 and threads is not None and threads > 1:
         raise IasvitError(f"--threads is {threads}, but cells side by side have one thread each; leave out one of both")
     return jobs

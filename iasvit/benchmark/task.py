@@ -106,7 +106,7 @@ class Task(ABC):
     data_sets: ClassVar[dict[str, DataSet]] = {}
     data: DataSet
     split_size: int
-    device: torch.device
+    device: torch.device | str = "cpu"
 
     @property
     def scored(self) -> tuple[Metric, ...]:

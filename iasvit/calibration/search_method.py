@@ -53,7 +53,7 @@ class ScaleSearch(ABC):
 
     def forwards(self, calib_size: int) -> float:
         """See `iasvit.methods.Method`; a search of every operand, measured."""
-        return 10.0 * self.rounds * self.candidates * self.images_used(calib_size)
+        return 1.5 * self.rounds * self.candidates * self.images_used(calib_size)
 
     def quantize(self, model: nn.Module, calibration: Calibration, spec: QuantSpec, progress: Progress) -> nn.Module:
         """See `iasvit.methods.Method`."""

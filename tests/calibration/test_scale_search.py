@@ -66,8 +66,7 @@ def test_tiny_models_get_the_scales_of_the_plain_loop(name: str, family: str, sp
     assert scales == {"vit": patch_embed + 2 * 14 + 2, "swin": patch_embed + 3 * 14 + 2 + 2}[family]
 
 
-@pytest.mark.parametrize("backbone", ["deit_t", "swin_t"])
-@pytest.mark.parametrize("name", METRICS)
+@pytest.mark.parametrize(("name", "backbone"), zip(METRICS, ("deit_t", "swin_t"), strict=True))
 def test_mini_backbones_get_the_scales_of_the_plain_loop(name: str, backbone: str) -> None:
     model = zoo.build(backbone)
     images = torch.randn(1, 3, zoo.IMAGE_SIZE, zoo.IMAGE_SIZE, generator=torch.Generator().manual_seed(0))
