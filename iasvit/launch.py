@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -171,5 +172,6 @@ class _Others:
             # SIGTERM unwinds the main thread, unless it waits.
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
             if not self._left.wait(GRACE):
+                sys.stdout.flush()
                 os._exit(int(self._ended.split()[0]))
             return

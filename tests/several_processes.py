@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import iasvit
-from iasvit import distributed, methods, sos
+from iasvit import distributed, methods, reconstruction, sos
 from iasvit.benchmark.harness import Cell, exit_status, run_cells
 from iasvit.benchmark.results import ResultStore
 from iasvit.benchmark.task import EMBEDDED, DataSet
@@ -69,13 +69,18 @@ def task() -> ImageNetTask:
     return ImageNetTask(Setup(DataSet("tiny", EMBEDDED), Images(), Models(), torch.device("cpu")))
 
 
-def quantize_and_score(folder: Path) -> None:
-    """Every method on a tiny model; the states and metrics of each process go to files."""
+LEARNT = (("vit", "ias_vit"), ("swin", "ias_vit"))
+CASES = (
+    *(("vit", name) for name in ("rtn", "minmax", "base_ptq", "ptq4vit", "repq_vit")),
+    ("swin", "ptq4vit"),
+    *LEARNT,
+)
+
+
+def quantize_and_score(folder: Path, cases: tuple[tuple[str, str], ...] = CASES) -> None:
+    """Methods on tiny models; the states and metrics of each process go to files."""
     with launched():
-        for family, method in (
-            *(("vit", name) for name in ("rtn", "minmax", "base_ptq", "ptq4vit", "repq_vit", "ias_vit")),
-            *(("swin", name) for name in ("ptq4vit", "ias_vit")),
-        ):
+        for family, method in cases:
             options = LEARNING if method == "ias_vit" else {}
             model = tiny_models.MODELS[family]()
             quantized = iasvit.quantize(model, tiny_models.images(), "W4A4", method, **options)
@@ -86,6 +91,19 @@ def quantize_and_score(folder: Path) -> None:
                 found["scores"] = task().score(outputs, reference)
                 found["own"] = len(outputs)
             torch.save(found, folder / f"{family}-{method}-{distributed.rank()}.pt")
+
+
+def in_halves(folder: Path) -> None:
+    """What is learnt by one process that adds up the gradients of the two halves of each batch, as two processes do."""
+
+    def gradients(self: reconstruction._Step) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        for half in (self.indices[0::2], self.indices[1::2]):
+            loss = self.loss_of(self.run, self.inputs.gather(half), self.targets.gather(half), self.autocast)
+            loss.backward(torch.full((), len(half) / len(self.indices)))
+
+    reconstruction._Step._gradients = gradients
+    quantize_and_score(folder, LEARNT)
 
 
 def learn(folder: Path) -> None:

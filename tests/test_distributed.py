@@ -11,15 +11,16 @@ from typing import Any
 
 import process_groups
 import pytest
+import tiny_models
 import torch
 from process_groups import ROOT, Ended
+from several_processes import CASES
 
-from iasvit import distributed
-from iasvit.errors import IasvitError
-from iasvit.launch import Place
+pytestmark = pytest.mark.slow
 
 CALLS = {
     "one": ("quantize_and_score", 1),
+    "halves": ("in_halves", 1),
     "two": ("quantize_and_score", 2),
     "learn-1": ("learn", 1),
     "learn-2": ("learn", 2),
@@ -35,8 +36,6 @@ CALLS = {
     "bad-input": ("bad_input", 2),
     "waits-for-ever": ("waits_for_ever", 2),
 }
-METHODS = ["rtn", "minmax", "base_ptq", "ptq4vit", "repq_vit", "ias_vit"]
-CASES = [*(("vit", name) for name in METHODS), ("swin", "ptq4vit"), ("swin", "ias_vit")]
 
 
 @pytest.fixture(scope="module")
@@ -65,28 +64,36 @@ def sentences(ended: Ended) -> list[str]:
 def test_two_processes_quantize_as_one_does(
     groups: tuple[dict[str, list[Ended]], Path], family: str, method: str
 ) -> None:
-    """To the bit where nothing is learnt; what is learnt differs by the order in which gradients are added."""
+    """To the bit; where something is learnt, as one process that adds up gradients in the same order."""
     ended, folder = groups
-    assert [each.status for each in ended["one"] + ended["two"]] == [0, 0, 0], ended
+    assert {each.status for name in ("one", "halves", "two") for each in ended[name]} == {0}, ended
+    reference = "halves" if method == "ias_vit" else "one"
     one, first, second = (
-        load(folder / name, f"{family}-{method}", rank) for name, rank in (("one", 0), ("two", 0), ("two", 1))
+        load(folder / name, f"{family}-{method}", rank) for name, rank in ((reference, 0), ("two", 0), ("two", 1))
     )
-    assert one["state"].keys() == first["state"].keys()
-    for name, value in one["state"].items():
-        assert torch.equal(first["state"][name], second["state"][name])
-        learnt = method == "ias_vit" and name.rpartition(".")[2] != "_extra_state" and "_quantizer." not in name
-        if not learnt and not (method == "ias_vit" and "weight_quantizer" in name):
-            assert torch.equal(value, first["state"][name]), name
-        else:
-            torch.testing.assert_close(value, first["state"][name], rtol=1e-4, atol=1e-5, msg=name)
+    assert tiny_models.same_bits(one["state"], first["state"])
+    assert tiny_models.same_bits(one["state"], second["state"])
     if family == "vit":
         assert (one["own"], first["own"], second["own"]) == (37, 21, 16)
-        assert first["scores"] == second["scores"]
+        assert one["scores"] == first["scores"] == second["scores"]
         assert first["scores"]["unreadable"] == 1
-        if method == "ias_vit":
-            assert first["scores"] == pytest.approx(one["scores"], rel=1e-4)
-        else:
-            assert first["scores"] == one["scores"]
+
+
+@pytest.mark.parametrize("family", ["vit", "swin"])
+def test_another_order_of_addition_changes_little(groups: tuple[dict[str, list[Ended]], Path], family: str) -> None:
+    """Activation quantizers are the same to the bit. Of the weights few are rounded to another code in the first block,
+    where the inputs of both runs are the same still."""
+    one, two = (load(groups[1] / name, f"{family}-ias_vit")["state"] for name in ("one", "two"))
+    changed = total = 0
+    for name, value in one.items():
+        parts = ["", *name.split(".")]
+        if parts[-2].endswith("_quantizer") and parts[-2] != "weight_quantizer":
+            assert torch.equal(value, two[name]), name
+        elif "blocks.0." in name and parts[-1] == "weight" and not name.startswith("layers.1."):
+            changed += int((~torch.isclose(value, two[name], rtol=1e-3, atol=1e-4)).sum())
+            total += value.numel()
+    assert total > 2000
+    assert changed <= total / 200
 
 
 @pytest.mark.parametrize("count", [2, 3])
@@ -123,7 +130,7 @@ def test_a_row_is_stored_once_and_found_by_all(groups: tuple[dict[str, list[Ende
     assert [row["method"] for row in stored] == ["fp32", "odd", "rtn"]
     assert all(row["device"].startswith("cpu: 2 × ") for row in stored)
     assert all(row["command"].startswith("torchrun --nproc-per-node 2 ") for row in stored)
-    assert [(folder / "twice" / "runs" / row["model_file"]).is_file() for row in stored[1:]] == [True, True]
+    assert (folder / "twice" / stored[2]["model_file"]).is_file()
     assert first.err.count("stored already") == 2
     assert first.out.splitlines()[-1] == "rows: 2, evaluated: []"  # the second start measures nothing
     assert (second.out, second.err) == ("", "")
@@ -168,68 +175,40 @@ def test_a_process_that_is_lost_ends_the_other(groups: tuple[dict[str, list[Ende
     assert first.seconds < 15
 
 
-# ---- without processes -----------------------------------------------------------------------------------------------
+_SCRIPT = """
+import time, torch
+from iasvit import distributed
+from iasvit.cli import main, make_app
+from iasvit.errors import IasvitError
+app = make_app()
+@app.command()
+def go():
+    print("there are", distributed.world_size())
+    if distributed.rank() == 1:
+        raise IasvitError("file 'x' is not there")
+    distributed.add_up(torch.ones(3))  # waits for the other
+main(app)
+"""
 
 
-def test_one_process_alone_is_the_plain_computation(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")  # of somebody else
-    assert (distributed.world_size(), distributed.rank(), distributed.processes_here()) == (1, 0, 1)
-    assert distributed.own_device("cuda:1") == "cuda:1"
-    assert distributed.gathered(lambda: 3) == [3]
-
-
-@pytest.mark.parametrize(
-    ("environment", "message"),
-    [
-        ({"WORLD_SIZE": "2"}, "RANK is not set"),
-        ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}, "MASTER_ADDR is not set"),
-        ({"WORLD_SIZE": "two", "RANK": "0"}, "WORLD_SIZE is 'two'"),
-    ],
-)
-def test_an_incomplete_environment_is_named(
-    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], message: str
-) -> None:
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-    assert Place.find() is None
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(IasvitError, match=f"{message}; start them by torchrun"):
-        Place.find()
-
-
-@pytest.mark.parametrize(
-    ("name", "gpus", "message"),
-    [
-        ("cuda", 1, "there are 2 processes on this machine, but 1 GPUs; give torchrun --nproc-per-node 1"),
-        ("cuda:1", 2, "--device cuda:1 is one GPU, but there are 2 processes"),
-    ],
-)
-def test_each_process_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch, name: str, gpus: int, message: str) -> None:
-    monkeypatch.setattr(distributed, "world_size", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    with pytest.raises(IasvitError, match=message):
-        distributed.own_device(name)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    assert (distributed.own_device("cuda"), distributed.own_device("cpu")) == ("cuda:1", "cpu")
-
-
-@pytest.mark.slow
-def test_torchrun_starts_the_task(tmp_path: Path) -> None:
-    options = ["--backbone", "deit_t", "--limit", "40", "--method", "minmax", "--calib-size", "4"]
+def test_torchrun_ends_all_where_one_fails(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(_SCRIPT)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    texts = []
-    for start in (torchrun, [sys.executable]):
-        folder = tmp_path / str(len(start))
-        folder.mkdir()
-        script = [str(ROOT / "tasks" / "imagenet.py"), *options, "--results", "runs"]
-        done = subprocess.run([*start, *script], cwd=folder, env=env, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        assert done.stderr.count("[1/1] imagenet mini: deit_t minmax") == 1
-        texts.append(done.stdout)
-        found = [(row["top1"], row["cosine"]) for row in rows(folder)]
-        assert len(found) == 2
-    assert texts[0] == texts[1]
+    done = subprocess.run([*torchrun, "script.py"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=100)
+    assert done.stdout == "there are 2\n"
+    assert done.stderr.count("error: file 'x' is not there\n") == 1
+    assert done.stderr.count("exitcode  : 2 ") == 2
+
+
+def test_two_processes_evaluate_a_detector_as_one_does(tmp_path: Path) -> None:
+    """On three images, of which one process gets two, by mmengine's own gathering; the row is the same."""
+    pytest.importorskip("mmdet", reason="the coco extra is not installed")
+    ended = process_groups.run("several_detectors", {"one": ("measure", 1), "two": ("measure", 2)}, tmp_path)
+    assert [each.status for each in ended["one"] + ended["two"]] == [0, 0, 0], ended
+    assert ended["two"][1].out == ""
+    one, two = (rows(tmp_path / name) for name in ("one", "two"))
+    assert [row["method"] for row in two] == ["fp32", "rtn"]
+    names = [name for name in one[0] if "_mAP" in name]
+    assert float(one[0]["bbox_mAP"]) > 5
+    assert [[row[name] for name in names] for row in one] == [[row[name] for name in names] for row in two]
