@@ -106,12 +106,22 @@ def quantize(
 
 @contextmanager
 def _usual_modes(device: torch.device) -> Iterator[None]:
-    """torch's own modes and defaults, whatever the caller's are: gradients, as methods learn; float32; the CPU."""
+    """torch's own modes and defaults, whatever the caller's are: gradients, as methods learn; float32; the CPU.
+
+    The current GPU is the model's.
+    """
     dtype = torch.get_default_dtype()
+    current = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
     default = nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
     torch.set_default_dtype(torch.float32)
     try:
-        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False), default:
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.autocast(device.type, enabled=False),
+            default,
+            current,
+        ):
             yield
     finally:
         torch.set_default_dtype(dtype)

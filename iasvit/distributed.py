@@ -10,7 +10,7 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -72,16 +72,16 @@ def gathered(work: Callable[[], T]) -> list[T]:
     """
     if world_size() == 1:
         return [work()]
-    answer: tuple[T | None, IasvitError | None]
+    answer: tuple[Any, IasvitError | None]
     try:
         answer = work(), None
     except IasvitError as error:
         answer = None, error
-    answers: list[tuple[T, IasvitError | None]] = [answer] * world_size()
+    answers: list[Any] = [answer] * world_size()
     dist.all_gather_object(answers, answer)
-    for _, error in answers:
-        if error is not None:
-            raise error
+    for _, raised in answers:
+        if raised is not None:
+            raise raised
     return [value for value, _ in answers]
 
 
@@ -100,17 +100,17 @@ def first(work: Callable[[], T]) -> T:
     """
     if world_size() == 1:
         return work()
-    box: list[tuple[T | None, Exception | None]] = [(None, None)]
+    box: list[tuple[Any, Exception | None]] = [(None, None)]
     if rank() == 0:
         try:
             box = [(work(), None)]
         except (IasvitError, OSError) as error:
             box = [(None, error)]
     dist.broadcast_object_list(box, src=0)
-    value, error = box[0]
-    if error is not None:
-        raise error
-    return value  # type: ignore[return-value]
+    value, raised = box[0]
+    if raised is not None:
+        raise raised
+    return value
 
 
 # ---- tensors ---------------------------------------------------------------------------------------------------------
@@ -222,7 +222,7 @@ def check_equal(what: str, *parts: object) -> None:
     """
     if world_size() == 1:
         return
-    digests = gathered(lambda: _digest(parts))
+    digests = gathered(lambda: digest(parts))
     if len(set(digests)) > 1:
         others = [str(number) for number, digest in enumerate(digests) if digest != digests[0]]
         raise IasvitError(
@@ -231,17 +231,18 @@ def check_equal(what: str, *parts: object) -> None:
         )
 
 
-def _digest(parts: Iterable[object]) -> str:
-    digest = hashlib.sha256()
+def digest(parts: Iterable[object]) -> str:
+    """Hex digits that tell whether two processes hold the same; see `check_equal`."""
+    sha = hashlib.sha256()
     for part in parts:
         if isinstance(part, Tensor):
-            digest.update(f"{part.dtype} {tuple(part.shape)}".encode())
-            digest.update(part.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy())
+            sha.update(f"{part.dtype} {tuple(part.shape)}".encode())
+            sha.update(part.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy())
         elif isinstance(part, Iterable) and not isinstance(part, str | dict):
-            digest.update(_digest(part).encode())
+            sha.update(digest(part).encode())
         else:
-            digest.update(f"\x1f{part}".encode())
-    return digest.hexdigest()
+            sha.update(f"\x1f{part}".encode())
+    return sha.hexdigest()
 
 
 def fail_together(error: Exception) -> None:

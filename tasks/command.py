@@ -314,7 +314,7 @@ def run(
     store = ResultStore(results)
     count = _jobs(task, jobs, threads)
     if task.device.type == "cpu":
-        torch.set_num_threads(1 if count > 1 else threads or free_cores())
+        torch.set_num_threads(1 if count > 1 else threads or _threads())
     if dry_run:
         print(format_estimates(estimate(task, cells, store, force=force, stale=stale)))
         raise typer.Exit
@@ -328,8 +328,17 @@ def run(
     raise typer.Exit(exit_status(rows))
 
 
+def _threads() -> int:
+    """Threads of a process unless told otherwise: one's, the idle cores; of several, as many as torchrun says."""
+    return free_cores() if distributed.world_size() == 1 else torch.get_num_threads()
+
+
 def _jobs(task: Task, jobs: int | None, threads: int | None) -> int:
     """How many cells to measure at once."""
+    if distributed.world_size() > 1:
+        if jobs is not None and jobs > 1:
+            raise IasvitError(f"--jobs is {jobs}, but processes of torchrun work on one cell together; leave it out")
+        return 1
     if jobs is None:
         return usable_cores() if task.data.kind == EMBEDDED and task.device.type == "cpu" and threads is None else 1
     if jobs > 1 and task.device.type != "cpu":

@@ -35,15 +35,18 @@ class Ended:
     seconds: float
 
 
-def run(module: str, calls: dict[str, tuple[str, int]], folder: Path) -> dict[str, list[Ended]]:
+def run(module: str, calls: dict[str, tuple[str, int]], folder: Path, device: str = "cpu") -> dict[str, list[Ended]]:
     """Call functions of a test module in processes, one group after the other; each may import what it takes once.
 
     Args:
         module: "several_processes".
         calls: name → (function, number of processes). It is called with a folder of that name, in each process.
         folder: for these folders.
+        device: in IASVIT_TEST_DEVICE of their environment.
     """
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), str(ROOT)]), "OMP_NUM_THREADS": "1"}
+    # To look for GPUs must not touch the driver: it does not outlive a fork.
+    env |= {"IASVIT_TEST_DEVICE": device, "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
     command = [sys.executable, str(Path(__file__)), module, json.dumps(calls), str(folder)]
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=len(calls) * SECONDS)
     assert done.returncode == 0, done.stderr

@@ -31,6 +31,7 @@ from tasks.classification.setup import Setup
 from tasks.imagenet import ImageNetTask
 
 torch.set_num_threads(1)
+DEVICE = os.environ.get("IASVIT_TEST_DEVICE", "cpu")
 LEARNING = {"iterations": 4, "batch_size": 6, "lr": 1e-3}
 
 
@@ -65,8 +66,8 @@ class Models:
         return {}
 
 
-def task() -> ImageNetTask:
-    return ImageNetTask(Setup(DataSet("tiny", EMBEDDED), Images(), Models(), torch.device("cpu")))
+def task(device: torch.device) -> ImageNetTask:
+    return ImageNetTask(Setup(DataSet("tiny", EMBEDDED), Images(), Models(), device))
 
 
 LEARNT = (("vit", "ias_vit"), ("swin", "ias_vit"))
@@ -80,15 +81,17 @@ CASES = (
 def quantize_and_score(folder: Path, cases: tuple[tuple[str, str], ...] = CASES) -> None:
     """Methods on tiny models; the states and metrics of each process go to files."""
     with launched():
+        device = torch.device(distributed.own_device(DEVICE))
         for family, method in cases:
             options = LEARNING if method == "ias_vit" else {}
-            model = tiny_models.MODELS[family]()
+            model = tiny_models.MODELS[family]().to(device)
             quantized = iasvit.quantize(model, tiny_models.images(), "W4A4", method, **options)
-            found: dict[str, Any] = {"state": quantized.state_dict()}
+            found: dict[str, Any] = {"state": {name: value.cpu() for name, value in quantized.state_dict().items()}}
             if family == "vit":
+                on = task(device)
                 with torch.no_grad():
-                    reference, outputs = (task().predict("vit", network, Progress()) for network in (model, quantized))
-                found["scores"] = task().score(outputs, reference)
+                    reference, outputs = (on.predict("vit", network, Progress()) for network in (model, quantized))
+                found["scores"] = on.score(outputs, reference)
                 found["own"] = len(outputs)
             torch.save(found, folder / f"{family}-{method}-{distributed.rank()}.pt")
 
@@ -100,7 +103,7 @@ def in_halves(folder: Path) -> None:
         self.optimizer.zero_grad(set_to_none=True)
         for half in (self.indices[0::2], self.indices[1::2]):
             loss = self.loss_of(self.run, self.inputs.gather(half), self.targets.gather(half), self.autocast)
-            loss.backward(torch.full((), len(half) / len(self.indices)))
+            loss.backward(self.share * (len(half) / len(self.indices)))
 
     reconstruction._Step._gradients = gradients
     quantize_and_score(folder, LEARNT)

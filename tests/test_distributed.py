@@ -67,6 +67,10 @@ def test_two_processes_quantize_as_one_does(
     """To the bit; where something is learnt, as one process that adds up gradients in the same order."""
     ended, folder = groups
     assert {each.status for name in ("one", "halves", "two") for each in ended[name]} == {0}, ended
+    check_same(folder, family, method)
+
+
+def check_same(folder: Path, family: str, method: str) -> None:
     reference = "halves" if method == "ias_vit" else "one"
     one, first, second = (
         load(folder / name, f"{family}-{method}", rank) for name, rank in ((reference, 0), ("two", 0), ("two", 1))
@@ -83,7 +87,11 @@ def test_two_processes_quantize_as_one_does(
 def test_another_order_of_addition_changes_little(groups: tuple[dict[str, list[Ended]], Path], family: str) -> None:
     """Activation quantizers are the same to the bit. Of the weights few are rounded to another code in the first block,
     where the inputs of both runs are the same still."""
-    one, two = (load(groups[1] / name, f"{family}-ias_vit")["state"] for name in ("one", "two"))
+    check_alike(groups[1], family)
+
+
+def check_alike(folder: Path, family: str) -> None:
+    one, two = (load(folder / name, f"{family}-ias_vit")["state"] for name in ("one", "two"))
     changed = total = 0
     for name, value in one.items():
         parts = ["", *name.split(".")]
@@ -94,6 +102,15 @@ def test_another_order_of_addition_changes_little(groups: tuple[dict[str, list[E
             total += value.numel()
     assert total > 2000
     assert changed <= total / 200
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="no two GPUs")
+def test_two_gpus_quantize_as_one_does(tmp_path: Path) -> None:
+    calls = {name: CALLS[name] for name in ("one", "two")}
+    ended = process_groups.run("several_processes", calls, tmp_path, "cuda")
+    assert {each.status for name in calls for each in ended[name]} == {0}, ended
+    for family, method in CASES:
+        check_alike(tmp_path, family) if method == "ias_vit" else check_same(tmp_path, family, method)
 
 
 @pytest.mark.parametrize("count", [2, 3])
