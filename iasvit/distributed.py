@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
@@ -16,10 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from iasvit.errors import IasvitError, reason
+from iasvit.errors import IasvitError
 
 T = TypeVar("T")
-GRACE = 5.0  # seconds that processes may fail one after the other and still have failed together
 
 
 def world_size() -> int:
@@ -51,12 +49,14 @@ def own_device(name: str) -> str:
     if world_size() == 1 or name.partition(":")[0] != "cuda":
         return name
     count, here = torch.cuda.device_count(), processes_here()
+    if not count:
+        return name  # of which torch says what is wrong
     if name != "cuda":
         raise IasvitError(f"--device {name} is one GPU, but there are {world_size()} processes; give cuda, or cpu")
     if here > count:
         raise IasvitError(
-            f"there are {here} processes on this machine, but {count} GPUs; give torchrun --nproc-per-node "
-            f"{max(count, 1)}, or --device cpu"
+            f"there are {here} processes on this machine, but {count} GPUs; give torchrun --nproc-per-node {count}, or "
+            "--device cpu"
         )
     return f"cuda:{os.environ.get('LOCAL_RANK') or rank()}"
 
@@ -243,25 +243,3 @@ def digest(parts: Iterable[object]) -> str:
         else:
             sha.update(f"\x1f{part}".encode())
     return sha.hexdigest()
-
-
-def fail_together(error: Exception) -> None:
-    """Return where all processes report a failure within GRACE seconds of each other: what is next, all can do.
-
-    Where one of them has failed alone, the others wait for it in the middle of their work, and nothing can go on.
-
-    Raises:
-        IasvitError: this process, or another one, has failed alone.
-    """
-    if world_size() == 1:
-        return
-    store = dist.distributed_c10d._get_default_store()
-    count, stop = store.add(f"iasvit/failures/{rank()}", 1), time.monotonic() + GRACE
-    while time.monotonic() < stop and not store.check(["iasvit/alone"]):
-        if all(store.add(f"iasvit/failures/{other}", 0) >= count for other in range(world_size())):
-            return
-        time.sleep(0.05)
-    store.set("iasvit/alone", "")  # a process that now loses its connection to this one has not failed with it
-    if isinstance(error, IasvitError):
-        raise error
-    raise IasvitError(f"{type(error).__name__} in process {rank()} of {world_size()}: {reason(error)}") from error

@@ -21,6 +21,7 @@ from iasvit.interrupts import Ended
 
 TIMEOUT = timedelta(hours=2)  # that a process waits for the others at most: one may have much more to read
 JOIN_TIMEOUT = timedelta(minutes=2)
+TOGETHER = 5.0  # seconds that processes may fail one after the other and still have failed together
 POLL, GRACE = 0.3, 3.0  # seconds between looks at the others, and for a process to end by itself where one has failed
 _ENDED = f"iasvit/ended/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
 
@@ -66,7 +67,7 @@ class Place:
 
 @contextmanager
 def launched() -> Iterator[None]:
-    """Join the processes that torchrun has started for a block; nothing where there is one process.
+    """Join the processes that torchrun has started for a block; nothing where there is one, or they are joined already.
 
     Meanwhile only the first process prints. Where a block raises, the other processes end within seconds, with the same
     status, and say nothing: `Ended` takes the place of what they raise then.
@@ -75,7 +76,7 @@ def launched() -> Iterator[None]:
         IasvitError: the environment is incomplete, or the processes do not find each other.
     """
     place = Place.find()
-    if place is None:
+    if place is None or dist.is_initialized():
         yield
         return
     others = _join(place)
@@ -124,6 +125,30 @@ def _first_alone_prints(place: Place) -> Iterator[None]:
         yield
 
 
+def fail_together(error: Exception) -> None:
+    """Return where all processes report a failure within TOGETHER seconds of each other: what is next, all can do.
+
+    Where one of them has failed alone, the others wait for it in the middle of their work, and nothing can go on.
+
+    Raises:
+        IasvitError: this process, or another one, has failed alone.
+    """
+    if distributed.world_size() == 1:
+        return
+    store = dist.distributed_c10d._get_default_store()
+    count, stop = store.add(f"iasvit/failures/{distributed.rank()}", 1), time.monotonic() + TOGETHER
+    while time.monotonic() < stop and not store.check(["iasvit/alone"]):
+        if all(store.add(f"iasvit/failures/{other}", 0) >= count for other in range(distributed.world_size())):
+            return
+        time.sleep(0.05)
+    store.set("iasvit/alone", "")  # a process that now loses its connection to this one has not failed with it
+    if isinstance(error, IasvitError):
+        raise error
+    raise IasvitError(
+        f"{type(error).__name__} in process {distributed.rank()} of {distributed.world_size()}: {reason(error)}"
+    ) from error
+
+
 class _Others:
     """The other processes, as far as they say in the store that they end, and a thread that looks there.
 
@@ -159,7 +184,8 @@ class _Others:
             distributed.gathered(lambda: None)
         self._left.set()
         self._thread.join(GRACE)
-        dist.destroy_process_group()
+        with suppress(RuntimeError):
+            dist.destroy_process_group()
 
     def _watch(self) -> None:
         while not self._left.wait(POLL):
@@ -168,6 +194,8 @@ class _Others:
                     continue
                 self._ended = self._store.get(_ENDED).decode()
             except RuntimeError:  # the store went with the process that had it, which could say nothing
+                if self._left.wait(POLL):
+                    return
                 self._ended = "1"
             # SIGTERM unwinds the main thread, unless it waits.
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)

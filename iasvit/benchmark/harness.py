@@ -28,6 +28,7 @@ from iasvit.benchmark.results import COST, SCHEMA, Key, ResultStore, Row, check_
 from iasvit.benchmark.task import Outputs, Task
 from iasvit.benchmark.versions import method_version, other_version
 from iasvit.errors import IasvitError, StorageError, reason
+from iasvit.launch import fail_together
 from iasvit.methods import Method, get_method, images_used, method_options
 from iasvit.nn import quantizers_of
 from iasvit.progress import Progress, fingerprint
@@ -298,7 +299,7 @@ class _Run:
         except Exception as error:
             if isinstance(error, StorageError) or getattr(error, "errno", None) in _STORAGE_ERRORS:
                 raise
-            distributed.fail_together(error)
+            fail_together(error)
             self._failed(row, error)
         row["time"] = _now()
         row = self._appended(row)
