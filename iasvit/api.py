@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from iasvit import distributed
 from iasvit.artifact import Quantization
 from iasvit.calibration import looked_at
 from iasvit.errors import IasvitError
@@ -48,6 +49,9 @@ def quantize(
     model with a forward of its own, or with a hook in the midst of it, is refused unless they do. Hooks of the model as
     a whole are supported. Shared parameters, pruning masks and parametrizations become ordinary values in the copy.
 
+    Where a group of torch.distributed is initialised, all its processes call this with the same arguments, each with
+    the model on its own device. They share the work, and get the same quantized model.
+
     Args:
         model: a timm ViT, DeiT or Swin, on any device; out of DataParallel and torch.compile it is taken.
         calibration: images as the model takes them, a float tensor N×3×H×W or an iterable of such batches, with one
@@ -63,7 +67,8 @@ def quantize(
 
     Raises:
         IasvitError: bad bits, method, option or calibration, a module that is not supported or computes what its family
-            does not, NaN or Inf in activations (the message names the layer).
+            does not, NaN or Inf in activations (the message names the layer), or processes of a group that are given
+            different things.
     """
     spec = QuantSpec.parse(spec)
     if isinstance(method, str):
@@ -82,28 +87,41 @@ def quantize(
             model = plain(given)
             description, data = describe(model), adapter.data(model)
             image, calibration = _checked(model, calibration, spec)
+            known: dict[str, Any] = asdict(method) if is_dataclass(method) else {}
+            others = (spec, method.name, known, progress is not None and progress.checkpoint is not None)
+            distributed.check_equal("the model, images, bits or options", model.state_dict().values(), image, *others)
             why = why_not_saved(model, image)
             if why is not None:
                 description[INCOMPLETE] = why
                 logger.warning("the %s given can be quantized but not saved: %s", type(model).__name__, why)
             quantized = method.quantize(model, calibration, spec, progress or Progress())
+            distributed.check_equal("the quantized models", quantized.state_dict().values())
     finally:
         for module, mode in training.items():
             module.training = mode
     quantized.eval()
-    known: dict[str, Any] = asdict(method) if is_dataclass(method) else {}
     label(quantized, Quantization(getattr(method, "variant", method.name), str(spec), known, description, data))
     return quantized
 
 
 @contextmanager
 def _usual_modes(device: torch.device) -> Iterator[None]:
-    """torch's own modes and defaults, whatever the caller's are: gradients, as methods learn; float32; the CPU."""
+    """torch's own modes and defaults, whatever the caller's are: gradients, as methods learn; float32; the CPU.
+
+    The current GPU is the model's.
+    """
     dtype = torch.get_default_dtype()
+    current = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
     default = nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
     torch.set_default_dtype(torch.float32)
     try:
-        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False), default:
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.autocast(device.type, enabled=False),
+            default,
+            current,
+        ):
             yield
     finally:
         torch.set_default_dtype(dtype)

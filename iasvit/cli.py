@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import entry_points
 from io import TextIOWrapper
 from pathlib import Path
@@ -18,7 +19,7 @@ from typer.core import TyperGroup
 from iasvit.benchmark.task import GROUP as TASKS
 from iasvit.benchmark.task import list_tasks, load_task_class
 from iasvit.errors import IasvitError
-from iasvit.interrupts import interruptible, is_default
+from iasvit.interrupts import Ended, interruptible, is_default
 
 COMMANDS = "iasvit.commands"  # what needs models and data of tasks, and so is no part of the core
 BAD_INPUT, INTERRUPTED, TERMINATED = 2, 130, 143
@@ -36,14 +37,18 @@ def main(app: typer.Typer | None = None) -> NoReturn:
     """Run an app, the `iasvit` command by default, and exit.
 
     Status 0, or what the app chose (1: a cell failed); 2 with one sentence and no traceback for bad input and a full
-    disk; 130 for Ctrl-C, 143 for SIGTERM, both with what a command cleans up.
+    disk; 130 for Ctrl-C, 143 for SIGTERM, both with what a command cleans up. Of the processes that torchrun starts one
+    says why, and all end.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a path need not be UTF-8
     before = _handle_signals()
     try:
-        (app or _app)()
+        with _processes():
+            (app or _app)()
+    except Ended:
+        raise
     except IasvitError as error:
         _exit(f"error: {error}", BAD_INPUT)
     except OSError as error:
@@ -60,9 +65,22 @@ def main(app: typer.Typer | None = None) -> NoReturn:
             _exit("terminated; the same command again goes on where this one stopped", TERMINATED)
         raise
     finally:
-        for number, handler in before.items():
+        for number, handler in before.items() if not _several() else ():  # torchrun terminates what is ending anyway
             signal.signal(number, handler)
     sys.exit(0)
+
+
+def _processes() -> AbstractContextManager[None]:
+    """The group of the processes that torchrun has started; nothing where it has started one, or none."""
+    if not _several():
+        return nullcontext()
+    with interruptible():
+        from iasvit.launch import launched  # torch, which takes seconds
+    return launched()
+
+
+def _several() -> bool:
+    return os.environ.get("WORLD_SIZE", "1") != "1" or "RANK" in os.environ
 
 
 def _handle_signals() -> dict[int, Any]:
@@ -171,6 +189,8 @@ def _sweep(
     list_suites: Annotated[bool, typer.Option("--list", help="Print the suites that come with the package.")] = False,
 ) -> None:
     """Run a suite, whole grids of cells, on this machine or on a Ray cluster; what is stored already is skipped."""
+    if _several():
+        raise IasvitError("iasvit sweep starts processes itself; start it without torchrun")
     from iasvit.sweep import command
 
     if list_suites:

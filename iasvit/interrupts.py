@@ -13,6 +13,10 @@ from contextlib import contextmanager
 from typing import Any
 
 
+class Ended(SystemExit):
+    """This process ends because another one of its group has failed, and has said why."""
+
+
 def _end(number: int, frame: Any) -> None:
     what = "interrupted" if number == signal.SIGINT else "terminated"
     sys.stderr.write(f"{what} before anything ran\n")

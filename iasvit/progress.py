@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
 
+from iasvit import distributed
 from iasvit.errors import StorageError, reason
 from iasvit.files import DamagedError, read_tensors, replacing, write_tensors
 
@@ -45,6 +46,8 @@ class _Lines(tqdm):
 class Progress:
     """Handed to `Method.quantize`: what a method reports to, and, where a folder is given, resumes from.
 
+    Of several processes, all of which have one, the first prints, and reads and writes the files.
+
     Args:
         label: what the work is, shown at the start of each line.
         checkpoint: folder for resume files, or None to keep nothing. One cell, one folder.
@@ -59,7 +62,7 @@ class Progress:
     def __init__(self, label: str = "", checkpoint: Path | None = None, quiet: bool = True) -> None:
         self.label = label
         self.checkpoint = checkpoint
-        self.quiet = quiet
+        self.quiet = quiet or distributed.rank() > 0
         self.seconds: dict[str, float] = {}
         self._running: list[str] = []  # phases, the innermost last
         self._charged = 0.0  # the time up to which seconds holds what was spent
@@ -100,13 +103,15 @@ class Progress:
         Raises:
             CheckpointError: the folder cannot be written.
         """
-        if self.checkpoint is None:
-            return
-        self._charge()
-        target = self.checkpoint / "checkpoint.safetensors"
+        if self.checkpoint is not None:
+            self._charge()
+            distributed.first(lambda: self._write(self.checkpoint, step, state))
+
+    def _write(self, folder: Path, step: int, state: dict[str, torch.Tensor]) -> None:
+        target = folder / "checkpoint.safetensors"
         metadata = {"step": str(step), "seconds": json.dumps(self.seconds)}
         try:
-            self.checkpoint.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
             tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in state.items()}
             with replacing(target) as temporary:
                 write_tensors(temporary, tensors, metadata)
@@ -117,22 +122,32 @@ class Progress:
 
     def restore(self) -> tuple[int, dict[str, torch.Tensor]] | None:
         """The last record as (step, tensors), or None; the seconds spent before are added to this run's."""
-        if self.checkpoint is None or not (self.checkpoint / "checkpoint.safetensors").is_file():
+        if self.checkpoint is None:
             return None
         path = self.checkpoint / "checkpoint.safetensors"
-        try:
-            state, metadata = read_tensors(path)
-        except (SafetensorError, OSError, DamagedError) as error:
-            logger.warning("the checkpoint %s is damaged (%s); the work begins again", path, reason(error))
+        record = distributed.first(lambda: _read(path))
+        if record is None:
             return None
+        state, metadata = record
         for name, seconds in json.loads(metadata["seconds"]).items():
             self.seconds[name] = self.seconds.get(name, 0.0) + seconds
         return int(metadata["step"]), state
 
     def discard(self) -> None:
         """Forget the checkpoint: the cell is done and its row is stored."""
-        if self.checkpoint is not None:
+        if self.checkpoint is not None and distributed.rank() == 0:
             shutil.rmtree(self.checkpoint, ignore_errors=True)
+
+
+def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]] | None:
+    """A record's tensors and what it says of them; None where there is none, or it is damaged."""
+    if not path.is_file():
+        return None
+    try:
+        return read_tensors(path)
+    except (SafetensorError, OSError, DamagedError) as error:
+        logger.warning("the checkpoint %s is damaged (%s); the work begins again", path, reason(error))
+        return None
 
 
 def fingerprint(*parts: object) -> str:

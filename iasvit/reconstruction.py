@@ -12,12 +12,15 @@ import torch
 from torch import Tensor, fx, nn
 from tqdm import tqdm
 
+from iasvit import distributed
 from iasvit.calibration import ActivationStore, Store, calibration_store, tensors
+from iasvit.distributed import SummedGradients
 from iasvit.errors import IasvitError
 from iasvit.methods import Calibration
 from iasvit.models import Activation, Segment, segments
 from iasvit.progress import Progress
 from iasvit.quantizers import Quantizer
+from iasvit.replay import Replayed
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ def stream(
 
     The outputs of a segment are the inputs of the next, in both models, so that no segment runs twice on the same
     activations. After each segment the quantized model goes to the progress checkpoint, and a later run with the same
-    checkpoint goes on from there.
+    checkpoint goes on from there. Processes share the batches of these passes; each holds all activations.
 
     Args:
         model: full precision, eval mode.
@@ -71,7 +74,8 @@ def stream(
         memory_budget: bytes for each store of activations.
 
     Raises:
-        IasvitError: NaN or Inf between two segments (the message names the first), or a checkpoint of another model.
+        IasvitError: NaN or Inf between two segments (the message names the first), a checkpoint of another model, or
+            processes that have learnt different weights.
     """
     device = next(model.parameters()).device
     images = calibration_store(calibration, device, memory_budget)
@@ -98,6 +102,8 @@ def stream(
                 targets = outputs if segment.reconstruct else targets
             if index > done and segment.modules:
                 fit(SegmentJob(index, segment, inputs_fp, inputs_q, targets, bar))
+                learnt = [module.state_dict().values() for _, module in segment.modules]
+                distributed.check_equal(f"the weights learnt for {segment.name}", *learnt)
                 progress.save(index, quantized.state_dict())
             if not last:
                 inputs_q = inputs_q.map(segment.run, batch_size, segment.name)
@@ -171,7 +177,8 @@ def optimize(
         parameters: what is learnt; they require gradients only meanwhile.
         inputs, targets: of the same images; no targets, nothing is learnt. Of tuples, the first tensor counts: it is
             what the segment computes.
-        iterations: steps, each on `batch_size` images drawn without replacement.
+        iterations: steps, each on `batch_size` images drawn without replacement; each of several processes takes every
+            world_size-th of them, and all take the step that the whole batch's gradient says.
         generator: a CPU generator; the same state gives the same result.
         autocast: compute products in bfloat16; parameters, losses and the optimizer stay in float32.
         compile: fuse the step's operators by torch.compile; a segment of a kind takes seconds once.
@@ -209,7 +216,10 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 class _Step:
-    """One optimization step. On CUDA the third and later ones replay a graph of it: one launch in place of hundreds."""
+    """One optimization step. On CUDA the third and later ones replay a graph of it: one launch in place of hundreds.
+
+    Several processes add up their gradients between the two halves of a step, each of which has its graph.
+    """
 
     EAGER = 2  # steps before capture, which must find all lazily made state in place
 
@@ -227,36 +237,55 @@ class _Step:
         device = parameters[0].device
         self.loss_of = _compiled_loss() if compile else _loss
         self.lr = torch.zeros((), device=device)  # a tensor, so that a replayed graph reads each step's value
-        self.indices = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        own = len(range(batch_size)[distributed.own()])
+        self.indices = torch.zeros(own, dtype=torch.int64, device=device)
+        self.share = torch.full((), own / batch_size, device=device)
         self.loss = torch.zeros((), device=device)
         on_gpu = device.type == "cuda"
         self.optimizer = torch.optim.Adam(parameters, lr=self.lr, fused=on_gpu, capturable=on_gpu)
-        self.graph = torch.cuda.CUDAGraph() if on_gpu and inputs.resident and self.targets.resident else None
-        self.stream = _side_stream(device) if self.graph is not None else None
-        self.count = 0
+        self.summed = SummedGradients(parameters) if distributed.world_size() > 1 else None
+        self.graphs: list[Replayed] = []
+        if on_gpu and inputs.resident and self.targets.resident:
+            self.graphs = [Replayed(self.EAGER, _side_stream(device)) for _ in range(2 if self.summed else 1)]
 
     def __call__(self, indices: Tensor, lr: float) -> None:
-        self.indices.copy_(indices)
+        self.indices.copy_(indices[distributed.own()])
         self.lr.fill_(lr)
-        if self.graph is None:
-            self._eager()
-        elif self.count < self.EAGER:
-            self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):
-                self._eager()
-            torch.cuda.current_stream().wait_stream(self.stream)
+        if self.summed is None:
+            self._run(0, self._gradients_and_update)
         else:
-            if self.count == self.EAGER:
-                self.optimizer.zero_grad(set_to_none=True)
-                with torch.cuda.graph(self.graph, stream=self.stream):
-                    self._eager()
-            self.graph.replay()
-        self.count += 1
+            self._run(0, self._gradients)
+            distributed.add_up(self.summed.values)
+            self._run(1, self._update)
 
-    def _eager(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
+    def _run(self, half: int, function: Callable[[], None]) -> None:
+        if self.graphs:
+            self.graphs[half](function, self._forget)
+        else:
+            function()
+
+    def _gradients_and_update(self) -> None:
+        self._gradients()
+        self._update()
+
+    def _forget(self) -> None:
+        if self.summed:
+            self.summed.values.zero_()
+        else:
+            self.optimizer.zero_grad(set_to_none=True)
+
+    def _gradients(self) -> None:
+        self._forget()
+        if not len(self.indices):  # fewer images a batch than processes
+            return
         inputs, targets = self.inputs.gather(self.indices), self.targets.gather(self.indices)
         loss = self.loss_of(self.run, inputs, targets, self.autocast)
-        loss.backward()
-        self.optimizer.step()
+        loss.backward(self.share)
         self.loss.copy_(loss.detach())
+        if self.summed:
+            torch.mul(self.loss, self.share, out=self.summed.loss)
+
+    def _update(self) -> None:
+        self.optimizer.step()
+        if self.summed:
+            self.loss.copy_(self.summed.loss)

@@ -13,6 +13,7 @@ import torch
 import typer
 from torch import nn
 
+from iasvit import distributed
 from iasvit.benchmark.estimate import estimate, format_estimates
 from iasvit.benchmark.harness import Cell, exit_status, run_cells
 from iasvit.benchmark.parallel import run_side_by_side
@@ -248,12 +249,12 @@ def check_models(models: Models, names: Sequence[str], specs: Sequence[QuantSpec
 
 
 def make_device(name: str | None) -> torch.device:
-    """The device of that name; by default cuda where there is one, else cpu.
+    """The device of that name; by default cuda where there is one, else cpu. Each process has its own GPU.
 
     Raises:
-        IasvitError: there is no such device here.
+        IasvitError: there is no such device here, or there are more processes than GPUs.
     """
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    name = distributed.own_device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     try:
         device = torch.device(name)
         torch.ones(1, device=device).item()  # "meta" is a device without values
@@ -313,7 +314,7 @@ def run(
     store = ResultStore(results)
     count = _jobs(task, jobs, threads)
     if torch.device(task.device).type == "cpu":
-        torch.set_num_threads(1 if count > 1 else threads or free_cores())
+        torch.set_num_threads(1 if count > 1 else threads or _threads())
     if dry_run:
         print(format_estimates(estimate(task, cells, store, force=force, stale=stale)))
         raise typer.Exit
@@ -327,8 +328,17 @@ def run(
     raise typer.Exit(exit_status(rows))
 
 
+def _threads() -> int:
+    """Threads of a process unless told otherwise: one's, the idle cores; of several, as many as torchrun says."""
+    return free_cores() if distributed.world_size() == 1 else torch.get_num_threads()
+
+
 def _jobs(task: Task, jobs: int | None, threads: int | None) -> int:
     """How many cells to measure at once."""
+    if distributed.world_size() > 1:
+        if jobs is not None and jobs > 1:
+            raise IasvitError(f"--jobs is {jobs}, but processes of torchrun work on one cell together; leave it out")
+        return 1
     on_cpu = torch.device(task.device).type == "cpu"
     if jobs is None:
         return usable_cores() if task.data.kind == EMBEDDED and on_cpu and threads is None else 1
@@ -344,7 +354,9 @@ class _Lines(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         level = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
-        print(f"{level}{record.getMessage()}", file=sys.stderr, flush=True)
+        # What each process of several tells of its own images is not told by the first, which alone prints.
+        file = sys.__stderr__ if getattr(record, "own", False) else sys.stderr
+        print(f"{level}{record.getMessage()}", file=file, flush=True)
 
 
 def print_logs(level: int = logging.WARNING) -> None:

@@ -22,6 +22,7 @@ import torch
 import typer
 from torch import Tensor, nn
 
+from iasvit import distributed
 from iasvit.benchmark.harness import Cell
 from iasvit.benchmark.task import DataSet, Metric, Task
 from iasvit.cli import main, make_app
@@ -171,11 +172,12 @@ class ImageNetTask(Task):
         return self.images.calibration(self.models.config(model), n, seed)
 
     def predict(self, model: str, network: nn.Module, progress: Progress) -> Predictions:
-        """See `Task`."""
+        """See `Task`; each process evaluates whole batches, which are the same however many processes there are."""
+        share = len(self.images) // distributed.world_size()
 
         def outputs() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-            with progress.phase("evaluation", len(self.images)) as bar:
-                for images, labels, positions in self.images.batches(self.models.config(model)):
+            with progress.phase("evaluation", share) as bar:
+                for images, labels, positions in self.images.batches(self.models.config(model), distributed.own()):
                     logits = network(images.to(self.device, non_blocking=True))
                     remap = (self.images.num_classes or {}).get(logits.shape[1])
                     yield logits, labels if remap is None else remap[labels], positions

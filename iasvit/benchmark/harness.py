@@ -7,7 +7,8 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from math import isfinite
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from iasvit import distributed
 from iasvit.api import quantize
 from iasvit.artifact import packed_bytes
 from iasvit.artifact import save as save_model
@@ -26,6 +28,7 @@ from iasvit.benchmark.results import COST, SCHEMA, Key, ResultStore, Row, check_
 from iasvit.benchmark.task import Outputs, Task
 from iasvit.benchmark.versions import method_version, other_version
 from iasvit.errors import IasvitError, StorageError, reason
+from iasvit.launch import fail_together
 from iasvit.methods import Method, get_method, images_used, method_options
 from iasvit.nn import quantizers_of
 from iasvit.progress import Progress, fingerprint
@@ -80,6 +83,8 @@ def run_cells(
     evaluation of the model that it gave, becomes a row with status "failed" and the reason; the other cells go on. A
     cell that another process is measuring, with the same folder of checkpoints, is put off until that one is done.
 
+    All processes of a torch.distributed group run the same cells; the first of them reads and writes all files.
+
     Args:
         task: where models and data come from.
         cells: what to measure.
@@ -99,9 +104,10 @@ def run_cells(
             data that cannot be used.
     """
     jobs = make_jobs(task, cells)
+    distributed.check_equal("the cells, their data or their models", *(job.key for job in jobs))
+    quiet = quiet or distributed.rank() > 0
     run = _Run(task, store, Path(checkpoint_root), force, stale, save, quiet, {} if references is None else references)
-    if any(stored_row(store, job.key, force=force, stale=stale) is None for job in jobs):
-        store.check(task.name, task.data.name)
+    distributed.first(lambda: run.check_folders(jobs))
     numbers = [f"[{number}/{len(jobs)}]" for number in range(1, len(jobs) + 1)]
     rows = [run.measure(job, number, wait=False) for job, number in zip(jobs, numbers, strict=True)]
     return [row or run.wait(job, number) for row, job, number in zip(rows, jobs, numbers, strict=True)]
@@ -217,8 +223,17 @@ class _Run:
     def __post_init__(self) -> None:
         self.primary = [metric.name for metric in self.task.primary]
         self.metrics = [metric.name for metric in self.task.scored]
+
+    def check_folders(self, jobs: Sequence[Job]) -> None:
+        """Raise IasvitError where a file that the jobs need cannot be written."""
         if self.save is not None:
             check_writable(self.save / f"{'x' * _LONGEST_NAME}-12345678.safetensors", self.save)
+        if any(self._known(job) is None for job in jobs):
+            self.store.check(self.task.name, self.task.data.name)
+
+    def _known(self, job: Job) -> Row | None:
+        """The stored row that makes it needless to measure a cell, if any."""
+        return stored_row(self.store, job.key, force=self.force, stale=self.stale)
 
     def say(self, text: str) -> None:
         if not self.quiet:
@@ -238,7 +253,7 @@ class _Run:
         if job.spec is None:
             self.say(title)
             return self.reference(job)[1]
-        with locked(self._lock(job), wait) as free:
+        with self._held(job, wait) as free:
             if free:  # the process that had it may have stored the row
                 return self._stored(job, title) or self._measure(job, number, title)
         self.say(f"{title}: another process measures it; put off")
@@ -247,9 +262,18 @@ class _Run:
     def _lock(self, job: Job) -> Path:
         return self.checkpoint_root / f"{fingerprint(*job.key)}.lock"
 
+    @contextmanager
+    def _held(self, job: Job, wait: bool) -> Iterator[bool]:
+        """The cell's lock, held by the first process for all; see `locked`."""
+        with ExitStack() as held:
+            yield distributed.first(lambda: held.enter_context(locked(self._lock(job), wait)))
+
     def _stored(self, job: Job, title: str) -> Row | None:
-        """The stored row that makes it needless to measure a cell, if any; its checkpoints are removed."""
-        stored = stored_row(self.store, job.key, force=self.force, stale=self.stale)
+        """The same, and the cell's checkpoints are removed."""
+        return distributed.first(lambda: self._settled(job, title))
+
+    def _settled(self, job: Job, title: str) -> Row | None:
+        stored = self._known(job)
         if stored is not None:
             self.say(f"{title}: stored already{self._remark(job, stored)}")
             if self._left(job):
@@ -266,7 +290,7 @@ class _Run:
         reference, fp_row = self.reference(job)
         network = self.task.load_model(cell.model)
         calibration = self.task.calibration(cell.model, cell.calib_size, cell.seed)
-        checkpoint = self._checkpoint(job, device_of(network))
+        checkpoint = distributed.first(lambda: self._checkpoint(job, device_of(network)))
         progress = Progress(f"{cell.model} {cell.method}", checkpoint, self.quiet)
         row = self._row(job, network)
         row.update({f"fp_{name}": fp_row[name] for name in self.primary})
@@ -275,9 +299,10 @@ class _Run:
         except Exception as error:
             if isinstance(error, StorageError) or getattr(error, "errno", None) in _STORAGE_ERRORS:
                 raise
+            fail_together(error)
             self._failed(row, error)
         row["time"] = _now()
-        self.store.append(row)
+        row = self._appended(row)
         if row["status"] == "ok":
             progress.discard()
         self.say(f"{number} {result_of(self.task, row)}, {time.perf_counter() - start:.0f} s")
@@ -302,14 +327,14 @@ class _Run:
         if model not in self.references:
             # Where a stored row is all that is needed, the second of two processes waits for the first one's.
             wait = type(self.task).recall is not Task.recall
-            with locked(self._lock(job), wait):
+            with self._held(job, wait):
                 self.references[model] = self._find_reference(job)
         return self.references[model]
 
     def _find_reference(self, job: Job) -> Reference:
         """The same, from the store or evaluated now."""
         model = job.cell.model
-        stored = stored_row(self.store, job.key, force=self.force, stale=True)
+        stored = distributed.first(lambda: stored_row(self.store, job.key, force=self.force, stale=True))
         outputs = None if stored is None else self.task.recall(stored)
         if stored is not None and outputs is not None:
             return outputs, stored
@@ -318,12 +343,22 @@ class _Run:
         progress = Progress(f"{model} full precision", quiet=self.quiet)
         memory = provenance.PeakMemory(device_of(network))
         outputs = self._predict(model, network, progress, row)
-        row["peak_memory_mib"] = round(memory.mib(), 1)
+        row["peak_memory_mib"] = _peak(memory)
         self._score(outputs, outputs, row)
         row.update({f"fp_{name}": row[name] for name in self.primary}, time=_now())
-        if stored is None and stored_row(self.store, job.key, force=self.force, stale=True) is None:
-            self.store.append(row)
+        if stored is None:
+            row = self._appended(row, unless=lambda: stored_row(self.store, job.key, force=self.force, stale=True))
         return outputs, row
+
+    def _appended(self, row: Row, unless: Callable[[], object] = lambda: None) -> Row:
+        """Store a row, the first process's, unless something is not None; the row."""
+
+        def append() -> Row:
+            if unless() is None:
+                self.store.append(row)
+            return row
+
+        return distributed.first(append)
 
     def _quantize_and_score(
         self,
@@ -352,11 +387,11 @@ class _Run:
         row["reconstruction_seconds"] = round(sum(parts), 3)
         row["quantization_seconds"] = round(sum(seconds.values()), 3)
         outputs = self._predict(job.cell.model, quantized, progress, row)
-        row["peak_memory_mib"] = round(memory.mib(), 1)
+        row["peak_memory_mib"] = _peak(memory)
         row["packed_bytes"] = packed_bytes(quantized)
         self._score(outputs, reference, row)
         if self.save is not None:
-            row["model_file"] = self._save(self.save, job.key, quantized)
+            row["model_file"] = distributed.first(lambda: self._save(self.save, job.key, quantized))
 
     def _save(self, folder: Path, key: Key, quantized: nn.Module) -> str:
         """Keep a model; its file as rows name it, "" for a model that cannot be saved."""
@@ -466,6 +501,11 @@ class _Run:
 def device_of(network: nn.Module) -> torch.device:
     """Where a network's parameters are; the CPU for one that has none."""
     return next((p.device for p in network.parameters()), torch.device("cpu"))
+
+
+def _peak(memory: provenance.PeakMemory) -> float:
+    """MiB, of the process that took most."""
+    return round(max(distributed.gathered(memory.mib)), 1)
 
 
 def _now() -> str:

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import torch
 
+from iasvit import distributed
+
 PACKAGE = Path(__file__).parents[1]  # iasvit
 
 
@@ -48,7 +50,12 @@ def versions() -> dict[str, str]:
 def command() -> str:
     """The command line of this process, paths relative to the current folder, so that it reads the same elsewhere."""
     script, *args = sys.argv
-    words = ["python", os.path.relpath(script)] if script.endswith(".py") else [os.path.basename(script)]
+    is_file = script.endswith(".py")
+    words = ["python"] if is_file else []
+    if distributed.world_size() > 1:
+        words = ["torchrun", "--nproc-per-node", str(distributed.processes_here())]
+        words += [] if is_file else ["--no-python"]
+    words.append(os.path.relpath(script) if is_file else os.path.basename(script))
     return shlex.join(words + [_relative(arg) for arg in args])
 
 
@@ -58,7 +65,13 @@ def _relative(arg: str) -> str:
 
 
 def describe_device(device: torch.device) -> str:
-    """ "cpu: <model of the processor>" or "cuda: <name of the GPU>"."""
+    """ "cpu: <model of the processor>" or "cuda: <name of the GPU>"; "cuda: 2 × <name>" of two processes."""
+    if (count := distributed.world_size()) > 1:
+        return _described(device).replace(": ", f": {count} × ", 1)
+    return _described(device)
+
+
+def _described(device: torch.device) -> str:
     if device.type == "cuda":
         return f"cuda: {torch.cuda.get_device_name(device)}"
     if device.type != "cpu":

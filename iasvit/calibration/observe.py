@@ -11,9 +11,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from iasvit import distributed
 from iasvit.errors import IasvitError
 from iasvit.models import Activation, segments
-from iasvit.nn import QuantLayer
+from iasvit.nn import QuantLayer, quantizers_of
 from iasvit.quantizers import Quantizer
 
 T = TypeVar("T")
@@ -33,16 +34,22 @@ def enabled(quantizers: Iterable[tuple[str, Quantizer]], value: bool) -> Iterato
 
 
 def calibrate_weights(layers: Iterable[tuple[str, QuantLayer]]) -> None:
-    """Calibrate and enable the weight quantizers of these (path in the model, layer).
+    """Calibrate and enable the weight quantizers of these (path in the model, layer); processes share the layers.
 
     Raises:
         IasvitError: a weight holds NaN or Inf; the message names its layer.
     """
-    for name, layer in layers:
-        try:
-            layer.calibrate_weight()
-        except IasvitError as error:
-            raise IasvitError(f"weight of layer {name!r}: {error}") from error
+    named = list(layers)
+
+    def calibrate(numbers: list[int]) -> None:
+        for name, layer in (named[number] for number in numbers):
+            try:
+                layer.calibrate_weight()
+            except IasvitError as error:
+                raise IasvitError(f"weight of layer {name!r}: {error}") from error
+
+    costs = [layer.weight.numel() for _, layer in named]
+    distributed.divided([layer.weight_quantizer for _, layer in named], calibrate, costs)
 
 
 @torch.no_grad()
@@ -50,7 +57,7 @@ def calibrate_inputs(quantizers: Sequence[tuple[str, Quantizer]], run: Callable[
     """Calibrate activation quantizers on what reaches them while `run()` runs the model, or a part of it.
 
     They are off meanwhile, so that each sees full-precision values; inputs of several batches are pooled. Afterwards
-    they are enabled.
+    they are enabled. Processes share the quantizers, while each runs all batches.
 
     Args:
         quantizers: (path in the model, quantizer).
@@ -59,15 +66,20 @@ def calibrate_inputs(quantizers: Sequence[tuple[str, Quantizer]], run: Callable[
     Raises:
         IasvitError: a quantizer saw NaN, Inf or nothing; the message names its layer.
     """
-    seen: dict[int, list[Tensor]] = {id(quantizer): [] for _, quantizer in quantizers}
 
-    def record(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        seen[id(module)].append(args[0])
+    def calibrate(numbers: list[int]) -> None:
+        mine = [quantizers[number] for number in numbers]
+        seen: dict[int, list[Tensor]] = {id(quantizer): [] for _, quantizer in mine}
 
-    with _watching([quantizer for _, quantizer in quantizers], record), enabled(quantizers, False):
-        run()
-    for name, quantizer in quantizers:
-        _calibrate_on(name, quantizer, seen.pop(id(quantizer)))
+        def record(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            seen[id(module)].append(args[0])
+
+        with _watching([quantizer for _, quantizer in mine], record), enabled(quantizers, False):
+            run()
+        for name, quantizer in mine:
+            _calibrate_on(name, quantizer, seen.pop(id(quantizer)))
+
+    distributed.divided([quantizer for _, quantizer in quantizers], calibrate)
 
 
 def _calibrate_on(name: str, quantizer: Quantizer, inputs: Sequence[Tensor]) -> None:
@@ -132,7 +144,8 @@ def _inputs_of(quantizer: Quantizer, run: Callable[[], object]) -> list[Tensor]:
 def calibrate_in_stream(model: nn.Module, batches: Sequence[Tensor]) -> None:
     """Calibrate all activation quantizers of a model by one forward pass, each on what those before it left.
 
-    Weights are as they are: in full precision where their quantizers are off, else quantized.
+    Weights are as they are: in full precision where their quantizers are off, else quantized. One quantizer waits for
+    the other, so that of several processes the first does it.
 
     Args:
         model: quantizable; segment by segment it runs on the batches.
@@ -141,10 +154,14 @@ def calibrate_in_stream(model: nn.Module, batches: Sequence[Tensor]) -> None:
     Raises:
         IasvitError: as `calibrate_in_sequence`.
     """
-    activations: Sequence[Activation] = batches
-    for segment in segments(model):
-        quantizers = segment.quantizers(weights=False)
-        activations = calibrate_in_sequence(quantizers, partial(_run_all, segment.run, activations))
+
+    def calibrate() -> None:
+        activations: Sequence[Activation] = batches
+        for segment in segments(model):
+            quantizers = segment.quantizers(weights=False)
+            activations = calibrate_in_sequence(quantizers, partial(_run_all, segment.run, activations))
+
+    distributed.done_by_first([quantizer for _, quantizer in quantizers_of(model, weights=False)], calibrate)
 
 
 def _run_all(run: Callable[[Activation], Activation], batches: Sequence[Activation]) -> list[Activation]:

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from iasvit import distributed
 from iasvit.calibration.fisher import Capture, Product, captures, patches
 from iasvit.calibration.store import calibration_store
 from iasvit.errors import IasvitError
@@ -123,14 +125,30 @@ def search_scales(
                 break
             bar.update(len(segment))
             if index > done and segment:
-                while segment:
-                    search_layer(segment.pop(0), factors, rounds, metric)
+                quantizers = [nn.ModuleList(capture.layer.children()) for capture in segment]
+                costs = [_cost(capture) for capture in segment]
+                distributed.divided(quantizers, partial(_search, segment, factors, rounds, metric), costs)
                 progress.save(index, model.state_dict())
     for weights in (True, False):
         for _, quantizer in quantizers_of(model, weights=weights):
             quantizer.enabled = True
     for _, layer in quant_layers(model):
         layer.round_weight()
+
+
+def _search(segment: list[Capture], factors: Tensor, rounds: int, metric: Metric, numbers: list[int]) -> None:
+    """Search these layers of a segment, whose captures go as it is done."""
+    mine = [segment[number] for number in numbers]
+    segment.clear()
+    while mine:
+        search_layer(mine.pop(0), factors, rounds, metric)
+
+
+def _cost(capture: Capture) -> int:
+    """Multiplications of the layer on all images; a search takes some multiple of them."""
+    layer = capture.layer
+    each = capture.inputs[0].shape[-1] if isinstance(layer, QuantMatMul) else layer.weight[0].numel()
+    return capture.output.numel() * each
 
 
 @torch.no_grad()

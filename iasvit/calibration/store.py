@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from iasvit import distributed
 from iasvit.errors import IasvitError
 from iasvit.methods import Calibration
 from iasvit.models import Activation
@@ -23,7 +24,7 @@ BUDGET_VARIABLE = "IASVIT_STORE_MIB"
 def default_memory_budget(device: torch.device | None = None) -> int:
     """Bytes that one store may take: an eighth of the device's memory that is free (None: the host's).
 
-    A reconstruction keeps four stores at most.
+    A reconstruction keeps four stores at most. Processes on one host share its memory.
 
     The environment variable IASVIT_STORE_MIB, where it is set, says how many MiB instead.
 
@@ -34,7 +35,7 @@ def default_memory_budget(device: torch.device | None = None) -> int:
     if not text and device is not None and device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] // 8
     if not text:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 8
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 8 // distributed.processes_here()
     if not text.isdecimal():
         raise IasvitError(f"{BUDGET_VARIABLE} is {text!r}, but must be a whole number of MiB")
     return int(text) * 2**20
@@ -143,13 +144,17 @@ class ActivationStore:
 
     def batches(self, size: int, limit: int | None = None) -> Iterator[Tensor]:
         """All activations in order (or the first `limit`), in batches of at most `size` images of one shape."""
+        return (self.gather(images) for images in self.ranges(size, limit))
+
+    def ranges(self, size: int, limit: int | None = None) -> Iterator[range]:
+        """The images that each of these batches holds."""
         count = len(self) if limit is None else min(limit, len(self))
         start = 0
         while start < count:
             stop = start + 1
             while stop < min(start + size, count) and self._shape(stop) == self._shape(start):
                 stop += 1
-            yield self.gather(range(start, stop))
+            yield range(start, stop)
             start = stop
 
     def _shape(self, image: int) -> torch.Size:
@@ -209,10 +214,11 @@ class TupleStore:
 
     def batches(self, size: int, limit: int | None = None) -> Iterator[tuple[Tensor, ...]]:
         """All activations in order (or the first `limit`), in batches of at most `size` images of one shape."""
-        start = 0
-        for batch in self.leading.batches(size, limit):
-            yield (batch, *(part.gather(range(start, start + len(batch))) for part in self.parts[1:]))
-            start += len(batch)
+        return (self.gather(images) for images in self.ranges(size, limit))
+
+    def ranges(self, size: int, limit: int | None = None) -> Iterator[range]:
+        """The images that each of these batches holds."""
+        return self.leading.ranges(size, limit)
 
     def map(self, run: Callable[[tuple[Tensor, ...]], Activation], batch_size: int, producer: str) -> Store:
         """See `ActivationStore`."""
@@ -248,11 +254,19 @@ class Collector:
             given: what of the source it was computed from; tensors of `output` that are these very objects are taken
                 from the source's store.
         """
+        self.add(self.made(output, given))
+
+    def made(self, output: Activation, given: Activation = ()) -> list[Tensor]:
+        """Of the tensors of `output` those that have to be added; the same places for each batch."""
         if self._parts is None:
             self._start(output, given)
         values = tensors(output)
-        for place in self._made:
-            self._parts[place].append(values[place])
+        return [values[place] for place in self._made]
+
+    def add(self, made: Sequence[Tensor]) -> None:
+        """Add a batch of which these tensors were made, here or in another process."""
+        for place, value in zip(self._made, made, strict=True):
+            self._parts[place].append(value)
 
     def _start(self, output: Activation, given: Activation) -> None:
         source = self.source
@@ -275,13 +289,25 @@ class Collector:
 
 @torch.no_grad()
 def _map(store: Store, run: Callable[[Any], Activation], batch_size: int, producer: str) -> Store:
-    result = Collector(store)
-    for batch in store.batches(batch_size):
-        output = run(batch)
-        given = {id(tensor) for tensor in tensors(batch)}
-        if not all(torch.isfinite(tensor).all() for tensor in tensors(output) if id(tensor) not in given):
+    """Each process runs its share of the batches, and gets what the others make of theirs: the same to the bit."""
+    result, ranges = Collector(store), list(store.ranges(batch_size))
+
+    def made(number: int) -> list[Tensor]:
+        batch = store.gather(ranges[number])
+        found = result.made(run(batch), batch)
+        if not all(torch.isfinite(tensor).all() for tensor in found):
             raise IasvitError(f"layer {producer!r} puts out NaN or Inf for the calibration images; check the model")
-        result.append(output, batch)
+        return found
+
+    several = distributed.world_size() if len(ranges) >= distributed.world_size() else 1
+    for start in range(0, len(ranges), several):
+        number = start + (distributed.rank() if several > 1 else 0)
+        if several == 1:
+            result.add(made(number))
+            continue
+        batches = distributed.exchanged(lambda n=number: made(n) if n < len(ranges) else [], store.device)
+        for found in batches[: len(ranges) - start]:
+            result.add(found)
     return result.store()
 
 

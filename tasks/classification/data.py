@@ -13,9 +13,19 @@ import torch
 from timm.data import ImageNetInfo
 from torch import Tensor
 
+from iasvit import distributed
 from iasvit.errors import IasvitError
 from iasvit.scratch import scratch
-from tasks.classification.folders import TRAIN_NAMES, UNREADABLE, VAL_NAMES, Batch, DataConfig, Photographs, spread
+from tasks.classification.folders import (
+    ALL,
+    TRAIN_NAMES,
+    UNREADABLE,
+    VAL_NAMES,
+    Batch,
+    DataConfig,
+    Photographs,
+    spread,
+)
 from tasks.classification.image_files import Samples, entries, examples, list_images
 from tasks.fingerprint import fingerprint
 
@@ -41,8 +51,8 @@ class Images(Protocol):
     def prepare(self) -> None:
         """Do once what should not count as the first evaluation's time."""
 
-    def batches(self, config: DataConfig) -> Iterator[Batch]:
-        """The readable images of the evaluation split, in order."""
+    def batches(self, config: DataConfig, which: slice = ALL) -> Iterator[Batch]:
+        """The readable images of the evaluation split, in order; of its batches those that `which` takes."""
 
     def check_calibration(self, n: int) -> None:
         """Raise IasvitError where there are fewer than n calibration images."""
@@ -139,6 +149,7 @@ class ImagenetteImages(FolderImages):
     FOLDER = "imagenette2-160"
 
     def __init__(self, root: Path, limit: int | None = None, pin_memory: bool = False) -> None:
+        distributed.first(lambda: fetch_imagenette(root))
         super().__init__(fetch_imagenette(root), limit, pin_memory)
         ten = sorted({label for _, label in self.evaluated})
         if len(ten) == 10:
@@ -217,10 +228,10 @@ class MiniImages:
         images, labels = scenes.render_images(split, start, count)
         return torch.from_numpy(images), torch.from_numpy(labels)
 
-    def batches(self, config: DataConfig) -> Iterator[Batch]:
+    def batches(self, config: DataConfig, which: slice = ALL) -> Iterator[Batch]:
         """See `Images`."""
         images, labels = self._val
-        for at in torch.arange(self._size).split(self._batch_size):
+        for at in torch.arange(self._size).split(self._batch_size)[which]:
             yield normalise(images[at], config), labels[at], at
 
     def check_calibration(self, n: int) -> None:

@@ -15,6 +15,7 @@ from timm.data import create_loader
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from iasvit import distributed
 from iasvit.errors import IasvitError
 from iasvit.leaderboard.markdown import slug
 from tasks.classification.image_files import (
@@ -36,6 +37,7 @@ Batch = tuple[Tensor, Tensor, Tensor]  # images B×3×H×W normalised, labels in
 EVALUATION_BATCH = 64
 TRAIN_NAMES = ("train", "training")
 VAL_NAMES = ("val", "valid", "validation")
+ALL = slice(None)  # batches
 UNREADABLE = -1  # label of an image that could not be read
 CALIBRATION_SHARE = 5  # of so many images of a class one is for calibration, where there is no folder for that
 UNLABELLED = "-unlabelled"  # ends the name of a data set that is evaluated without labels
@@ -120,9 +122,9 @@ class Photographs:
         sizes = file_sizes((path for path, _ in samples), self.root)
         return [(path, size, label) for (path, size), (_, label) in zip(sizes, samples, strict=True)]
 
-    def batches(self, config: DataConfig) -> Iterator[Batch]:
+    def batches(self, config: DataConfig, which: slice = ALL) -> Iterator[Batch]:
         """See `Images`."""
-        return self._read(self.evaluated, self._positions, config)
+        return self._read(self.evaluated, self._positions, config, which)
 
     def check_calibration(self, n: int) -> None:
         """See `Images`."""
@@ -152,8 +154,15 @@ class Photographs:
             )
         return torch.cat(images)
 
-    def _read(self, samples: Samples, positions: list[int], config: DataConfig) -> Iterator[Batch]:
-        """The readable ones of the images at these positions, in order; a warning names each other one once."""
+    def _read(self, samples: Samples, positions: list[int], config: DataConfig, which: slice = ALL) -> Iterator[Batch]:
+        """The readable ones of the images at these positions, in order; a warning names each other one once.
+
+        Of the batches that they make only `which` are read.
+        """
+        batches = [positions[start : start + EVALUATION_BATCH] for start in range(0, len(positions), EVALUATION_BATCH)]
+        positions = [position for batch in batches[which] for position in batch]
+        if not positions:  # more processes than batches
+            return
         loader = create_loader(
             Selection([samples[position] for position in positions]),
             input_size=config["input_size"],
@@ -164,7 +173,7 @@ class Photographs:
             crop_pct=config["crop_pct"],
             crop_mode=config["crop_mode"],
             # Few images are read before worker processes have started.
-            num_workers=min(16, os.cpu_count() or 1) if len(positions) > 2 * EVALUATION_BATCH else 0,
+            num_workers=_workers() if len(positions) > 2 * EVALUATION_BATCH else 0,
             pin_memory=self._pin_memory,
             persistent_workers=False,
             use_prefetcher=False,
@@ -176,9 +185,15 @@ class Photographs:
                 name = samples[position][0]
                 if name not in self._named:
                     self._named.add(name)
-                    logger.warning("%s cannot be read as an image; left out", name)
+                    own = {"own": which != ALL and distributed.rank() > 0}
+                    logger.warning("%s cannot be read as an image; left out", name, extra=own)
             if bool(readable.any()):
                 yield images[readable], labels[readable], at[readable]
+
+
+def _workers() -> int:
+    """Processes that read images for this one."""
+    return min(16, max(1, (os.cpu_count() or 1) // distributed.processes_here()))
 
 
 # ---- any folder ------------------------------------------------------------------------------------------------------

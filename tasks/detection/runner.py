@@ -18,6 +18,8 @@ from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from torch import nn
 
+from iasvit import distributed
+from iasvit.benchmark.harness import device_of
 from iasvit.errors import IasvitError, reason
 from iasvit.progress import Progress
 from iasvit.scratch import scratch
@@ -106,7 +108,8 @@ def evaluate(
 ) -> dict[str, float]:
     """COCO's box and mask AP of a detector, in percent: "bbox_mAP", "bbox_mAP_50" … "segm_mAP_l".
 
-    A part of which the data has no object is NaN; a detector that finds nothing has 0.
+    A part of which the data has no object is NaN; a detector that finds nothing has 0. Processes share the images by
+    mmengine's sampler, which gives some of them twice where they cannot be shared evenly; its metric drops those.
 
     Args:
         network: mmdet's detector or a quantized one, on its device.
@@ -119,6 +122,8 @@ def evaluate(
         IasvitError: an image cannot be read.
     """
     prepare()
+    metric.collect_device = "gpu"  # by messages, and not by files in the current folder; on a CPU too
+    device = device_of(network)
     loader = {
         "batch_size": 1,
         "num_workers": workers,
@@ -128,9 +133,9 @@ def evaluate(
     }
     with (
         scratch("evaluation-") as folder,
-        progress.phase("evaluation", len(dataset)) as bar,
+        progress.phase("evaluation", len(dataset) // distributed.world_size()) as bar,
         contextlib.redirect_stdout(io.StringIO()),
-        torch.random.fork_rng(),
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
     ):
         runner = _Evaluation(
             model=network,
