@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
@@ -160,6 +161,8 @@ class _Others:
         client = {"timeout": JOIN_TIMEOUT, "wait_for_workers": False}
         self._store = dist.TCPStore(place.address, place.port, **client)
         self._ended = ""  # what the thread has seen there
+        self._status: int | None = None  # with which this process ends where one has failed
+        atexit.register(self._end_at_once)
         self._left = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="iasvit-others", daemon=True)
         self._thread.start()
@@ -174,9 +177,17 @@ class _Others:
         if not ended:
             with suppress(RuntimeError):  # the store went with the process that had it
                 ended = self._store.compare_set(_ENDED, "", mine).decode()
+        self._status = int((ended or mine).split()[0])
         if ended not in ("", mine):
-            raise Ended(int(ended.split()[0])) from None
+            raise Ended(self._status) from None
         time.sleep(2 * POLL)  # for the others to see it: what they wait for, and the store, may go with this process
+
+    def _end_at_once(self) -> None:
+        """End without what libraries do last: threads of torch that still wait for a process make that an abort."""
+        if self._status is not None:
+            for stream in (sys.stdout, sys.stderr):
+                stream.flush()
+            os._exit(self._status)
 
     def leave(self) -> None:
         """Leave the group, when all are done."""

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from tqdm import tqdm
@@ -81,11 +81,11 @@ def run_side_by_side(
     models = {job.cell.model: job.cell for job in todo}
     references: dict[str, Reference] = {}
     measure = partial(reference, task, store=store, checkpoint_root=checkpoint_root, force=force)
-    for number, outcome in side_by_side([partial(measure, cell) for cell in models.values()], count):
-        if isinstance(outcome, CrashError):
-            raise outcome
-        if outcome is not None:
-            references[list(models)[number]] = outcome
+    for number, found in side_by_side([partial(measure, cell) for cell in models.values()], count):
+        if isinstance(found, CrashError):
+            raise found
+        if found is not None:
+            references[list(models)[number]] = found
     rows: dict[int, Row] = {}
     crashes: list[str] = []
     order = in_good_order(expected)
@@ -145,8 +145,8 @@ def side_by_side(works: Sequence[Callable[[], T]], count: int) -> Iterator[tuple
             ready = wait(list(running), LOOK_EVERY)
             if not ready:
                 yield -1, None
-            for receiver in ready:
-                assert isinstance(receiver, Connection)
+            for source in ready:
+                receiver = cast(Connection, source)
                 number, process = running[receiver]
                 try:
                     raised, result = pickle.loads(receiver.recv_bytes())
