@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
-from iasvit.calibration import calibrate_inputs, calibrate_weights, enabled, first_images
+from iasvit.calibration import (
+    calibrate_inputs,
+    calibrate_weights,
+    calibration_store,
+    enabled,
+    first_images,
+    forward_need,
+    images_share,
+    nbytes,
+    run_all,
+    share_of,
+)
 from iasvit.methods import Calibration
-from iasvit.models import Site, prepare
+from iasvit.models import Activation, Site, prepare, segments
 from iasvit.nn import quant_layers, quantizers_of
-from iasvit.options import Range, check_fields
+from iasvit.options import MemoryBudget, Range, check_fields
 from iasvit.progress import Progress
 from iasvit.quantizers import Quantizer, UniformQuantizer
 from iasvit.spec import QuantSpec
@@ -28,10 +41,12 @@ class MinMax:
     Options:
         seed: every method has one; nothing is drawn here.
         init_size: calibration images used.
+        memory_budget: see `iasvit.options.MemoryBudget`.
     """
 
     seed: int = 0
     init_size: Annotated[int, Range(1)] = 32
+    memory_budget: MemoryBudget = None
 
     name: ClassVar[str] = "minmax"
 
@@ -48,11 +63,25 @@ class MinMax:
 
     def quantize(self, model: nn.Module, calibration: Calibration, spec: QuantSpec, progress: Progress) -> nn.Module:
         """See `iasvit.methods.Method`."""
-        quantized = prepare(model, spec, self.weight_quantizer, self.activation_quantizer)
-        images = first_images(calibration, self.init_size, next(model.parameters()).device)
+        device = next(model.parameters()).device
+        first = first_images(calibration, self.init_size, device, images_share(self.memory_budget))
+        images = calibration_store(first, device)
+        size = images.passes(self.init_size)
+
+        def quantizable() -> nn.Module:
+            return prepare(model, spec, self.weight_quantizer, self.activation_quantizer)
+
+        def need(copy: nn.Module, few: Tensor) -> int:
+            return forward_need(copy, few, min(size, len(images))) + nbytes(first)
+
+        share = share_of(self.memory_budget, self.name, quantizable, images, need)
+        quantized = quantizable()
         with progress.phase("calibration"):
             with enabled(list(quantizers_of(quantized, weights=True)), False):  # ranges are the full-precision model's
-                calibrate_inputs(list(quantizers_of(quantized, weights=False)), lambda: quantized(images))
+                activations: Sequence[Activation] = first.split(size)
+                for segment in segments(quantized):
+                    run = partial(run_all, segment.run, activations, share)
+                    activations = calibrate_inputs(segment.quantizers(weights=False), run, share)
             calibrate_weights(quant_layers(quantized))
             for _, layer in quant_layers(quantized):
                 layer.round_weight()

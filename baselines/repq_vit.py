@@ -6,13 +6,21 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from iasvit.calibration import calibrate_in_stream, calibrate_weights, calibration_store
+from iasvit.calibration import (
+    calibrate_in_stream,
+    calibrate_weights,
+    calibration_store,
+    forward_need,
+    images_share,
+    run_all,
+    share_of,
+)
 from iasvit.methods import Calibration
 from iasvit.models import Site, find_pairs, prepare
 from iasvit.nn import quant_layers
-from iasvit.options import Range, check_fields
+from iasvit.options import MemoryBudget, Range, check_fields
 from iasvit.progress import Progress
 from iasvit.quantizers import WEIGHT_PERCENTILES, Log2Quantizer, Quantizer, UniformQuantizer
 from iasvit.reparam import reparameterize
@@ -34,10 +42,12 @@ class RepQViT:
     Options:
         seed: every method has one; nothing is drawn here.
         init_size: calibration images used.
+        memory_budget: see `iasvit.options.MemoryBudget`.
     """
 
     seed: int = 0
     init_size: Annotated[int, Range(1)] = 32
+    memory_budget: MemoryBudget = None
 
     name: ClassVar[str] = "repq_vit"
     version: ClassVar[int] = 2
@@ -59,11 +69,21 @@ class RepQViT:
     @torch.no_grad()
     def quantize(self, model: nn.Module, calibration: Calibration, spec: QuantSpec, progress: Progress) -> nn.Module:
         """See `iasvit.methods.Method`."""
-        quantized = prepare(model, spec, self.weight_quantizer, self.activation_quantizer)
-        images = calibration_store(calibration, next(model.parameters()).device, limit=self.init_size)
+        device = next(model.parameters()).device
+        images = calibration_store(calibration, device, images_share(self.memory_budget), self.init_size)
+        size = images.passes(self.init_size)
+
+        def quantizable() -> nn.Module:
+            return prepare(model, spec, self.weight_quantizer, self.activation_quantizer)
+
+        def need(copy: nn.Module, few: Tensor) -> int:
+            return forward_need(copy, few, min(size, len(images)))
+
+        share = share_of(self.memory_budget, self.name, quantizable, images, need)
+        quantized = quantizable()
         with progress.phase("calibration"):
             calibrate_weights(quant_layers(quantized))
-            calibrate_in_stream(quantized, list(images.batches(self.init_size)))
+            calibrate_in_stream(quantized, run_all(lambda batch: batch, images.batches(size), share), share)
         with progress.phase("reparameterization"):
             for pair in find_pairs(quantized):
                 reparameterize(pair)

@@ -28,6 +28,7 @@ from iasvit.models import (
     unwrap,
     why_not_saved,
 )
+from iasvit.options import without_bounds
 from iasvit.progress import Progress
 from iasvit.spec import QuantSpec
 
@@ -59,7 +60,8 @@ def quantize(
         spec: "W3A3", "W4A8", "W3A3,head=W8A8" or a QuantSpec.
         method: a name of `list_methods()`, also with ingredients off, "ias_vit[-sulq]"; or a Method.
         progress: where to report to and to resume from; None for silence.
-        **options: of the method: `seed` for all; `iterations`, `batch_size` and `lr` where it reconstructs.
+        **options: of the method: `seed` for all; `iterations`, `batch_size` and `lr` where it reconstructs;
+            `memory_budget`, as "8GiB", which bounds what is allocated and changes no result.
 
     Returns:
         The quantized model in eval mode, on the same device. Every quantizer inside has `n_bits`, `encode`, `decode`
@@ -87,8 +89,9 @@ def quantize(
             model = plain(given)
             description, data = describe(model), adapter.data(model)
             image, calibration = _checked(model, calibration, spec)
-            known: dict[str, Any] = asdict(method) if is_dataclass(method) else {}
-            others = (spec, method.name, known, progress is not None and progress.checkpoint is not None)
+            options = asdict(method) if is_dataclass(method) else {}
+            known: dict[str, Any] = without_bounds(type(method), options)
+            others = (spec, method.name, options, progress is not None and progress.checkpoint is not None)
             distributed.check_equal("the model, images, bits or options", model.state_dict().values(), image, *others)
             why = why_not_saved(model, image)
             if why is not None:

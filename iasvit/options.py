@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any
+from typing import Annotated, Any
 
 from iasvit.errors import IasvitError, shown
 
@@ -51,6 +52,47 @@ class OneOf:
     """Which values an option may have, declared beside its type: `Annotated[str, OneOf(("sulq", "log2"))]`."""
 
     values: Iterable[Any]
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """A size in bytes, also as text: "8GiB", "500MiB". It bounds what is used and changes no result."""
+
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+MemoryBudget = Annotated[int | str | None, Bytes()]
+"""The option `memory_budget` of a method: bytes of all that it allocates, the model and the images given apart."""
+
+
+def bytes_of(size: int | str) -> int:
+    """Bytes of a size, a whole number or text such as "8GiB", "1.5 GB" and "500MiB".
+
+    Raises:
+        IasvitError: it is no size, or not above 0.
+    """
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?)\s*([A-Za-z]*)", size.strip()) if isinstance(size, str) else None
+    count = size if _is_int(size) else float(match[1]) * _UNITS.get(match[2].upper(), 0) if match else 0
+    if count < 1:
+        raise IasvitError(f"memory_budget is {shown(size)}, but a size such as 8GiB or 500MiB is expected")
+    return int(count)
+
+
+def size_text(size: int) -> str:
+    """A size as `bytes_of` takes it: "300 MiB", below a MiB in bytes; what is left of a MiB is dropped."""
+    return f"{size} B" if size < 2**20 else f"{size // 2**20} MiB"
+
+
+def without_bounds(cls: type, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that may change a result: those that only bound what is used are left out."""
+    hints = _hints(cls)
+    return {
+        name: value for name, value in options.items() if not any(isinstance(r, Bytes) for r in _rules(hints.get(name)))
+    }
+
+
+def _rules(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint)[1:] if typing.get_origin(hint) is typing.Annotated else ()
 
 
 def check_options(cls: type, options: Mapping[str, Any], of: str) -> dict[str, Any]:
@@ -102,6 +144,9 @@ def _check(hint: Any, value: Any, what: str) -> tuple[Any, ...]:
     if value is None and type(None) in kinds:
         return ()
     kinds = tuple(kind for kind in kinds if kind is not type(None))
+    if any(isinstance(rule, Bytes) for rule in rules):
+        bytes_of(value)
+        return ()
     rules += [OneOf(typing.get_args(kind)) for kind in kinds if typing.get_origin(kind) is typing.Literal]
     for values in (list(rule.values) for rule in rules if isinstance(rule, OneOf)):
         if not isinstance(value, str | int | float) or value not in values:

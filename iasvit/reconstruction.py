@@ -47,7 +47,7 @@ class SegmentJob:
 def stream(
     model: nn.Module,
     quantized: nn.Module,
-    calibration: Calibration,
+    calibration: Calibration | ActivationStore,
     fit: Callable[[SegmentJob], None],
     progress: Progress,
     *,
@@ -65,20 +65,21 @@ def stream(
     Args:
         model: full precision, eval mode.
         quantized: its quantizable copy; `fit` changes the segments in order.
-        calibration: images N×3×H×W, or batches of them.
+        calibration: images N×3×H×W, batches of them, or a store of them, whose budget then is that of every store.
         fit: called for each segment that has quantized layers.
         progress: of one phase, "reconstruction".
         start: called once with the images before the first segment; not by a run that a checkpoint resumes.
         batch_size: images a forward pass.
         steps: what `fit` moves the bar by in all, for the time left.
-        memory_budget: bytes for each store of activations.
+        memory_budget: bytes for each store of activations, where no store is given.
 
     Raises:
         IasvitError: NaN or Inf between two segments (the message names the first), a checkpoint of another model, or
             processes that have learnt different weights.
     """
     device = next(model.parameters()).device
-    images = calibration_store(calibration, device, memory_budget)
+    given = isinstance(calibration, ActivationStore)
+    images = calibration if given else calibration_store(calibration, device, memory_budget)
     inputs_fp: Store = images
     inputs_q: Store = images
     chain = list(zip(segments(model), segments(quantized), strict=True))

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from iasvit.calibration import Store, calibrate_in_stream, enabled
+from iasvit.calibration import (
+    ActivationStore,
+    calibrate_in_stream,
+    calibration_store,
+    enabled,
+    forward_need,
+    images_share,
+    learning_need,
+    run_all,
+    share_of,
+)
 from iasvit.methods import Calibration
 from iasvit.models import Site, find_pairs, prepare, segments
 from iasvit.nn import quantizers_of
-from iasvit.options import OneOf, Range, check_fields
+from iasvit.options import MemoryBudget, OneOf, Range, check_fields
 from iasvit.progress import Progress, fingerprint
 from iasvit.quantizers import SOFTMAX_QUANTIZERS, WEIGHT_PERCENTILES, Quantizer, UniformQuantizer
 from iasvit.reconstruction import SegmentJob, optimize, share_code, stream
@@ -72,6 +84,7 @@ class IASViT:
         sos: False for direct reconstruction, per-tensor quantizers and all in one stage of twice the steps (ablation).
         autocast: learn with products in bfloat16; on a GPU faster by half.
         compile: learn with steps that torch.compile has fused; needs its compiler, and seconds for each kind of block.
+        memory_budget: see `iasvit.options.MemoryBudget`.
     """
 
     iterations: Annotated[int | None, Range(0)] = None
@@ -84,6 +97,7 @@ class IASViT:
     autocast: bool = False
     compile: bool = False
     recipe: Annotated[str, OneOf(tuple(RECIPES))] = "paper"
+    memory_budget: MemoryBudget = None
 
     name: ClassVar[str] = "ias_vit"
     version: ClassVar[int] = 2
@@ -98,7 +112,7 @@ class IASViT:
 
     def quantize(self, model: nn.Module, calibration: Calibration, spec: QuantSpec, progress: Progress) -> nn.Module:
         """See `iasvit.methods.Method`."""
-        quantized = prepare(model, spec, self.weight_quantizer, self.activation_quantizer)
+        quantized = self._quantizable(model, spec)
         iterations = self.iterations
         if iterations is None:
             low, high = RECIPES[self.recipe].iterations
@@ -107,12 +121,18 @@ class IASViT:
         if self.compile:
             share_code(quantized)
 
-        def initialise(images: Store) -> None:
+        images = calibration_store(calibration, next(model.parameters()).device, images_share(self.memory_budget))
+        share = share_of(
+            self.memory_budget, self.name, partial(self._quantizable, model, spec), images, self._need(images)
+        )
+
+        def initialise(images: ActivationStore) -> None:
             with (
                 progress.phase("calibration"),
                 enabled(list(quantizers_of(quantized, weights=True)), False),
             ):
-                calibrate_in_stream(quantized, list(images.batches(self.init_size, limit=self.init_size)))
+                batches = images.batches(images.passes(self.init_size), limit=self.init_size)
+                calibrate_in_stream(quantized, run_all(lambda batch: batch, batches, share), share)
 
         def fit(job: SegmentJob) -> None:
             if self.sos:
@@ -132,8 +152,17 @@ class IASViT:
                 layer.round_weight()
 
         steps = 2 * iterations * sum(bool(segment.modules) for segment in segments(quantized))
-        stream(model, quantized, calibration, fit, progress, start=initialise, batch_size=self.batch_size, steps=steps)
+        stream(model, quantized, images, fit, progress, start=initialise, batch_size=self.batch_size, steps=steps)
         return quantized
+
+    def _quantizable(self, model: nn.Module, spec: QuantSpec) -> nn.Module:
+        return prepare(model, spec, self.weight_quantizer, self.activation_quantizer)
+
+    def _need(self, images: ActivationStore) -> Callable[[nn.Module, Tensor], int]:
+        """See `share_of`: a pass that initialises, one from block to block, and a step of learning."""
+        count = min(len(images), max(self.batch_size, images.passes(self.init_size)))
+        step = min(len(images), self.batch_size)
+        return lambda model, few: max(forward_need(model, few, count), learning_need(model, few, step))
 
     def optimize_stage(self, job: SegmentJob, stage: int, iterations: int) -> None:
         """Learn the segment's weights and biases on full-precision inputs (stage 1) or the quantized model's (3)."""

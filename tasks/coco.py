@@ -96,6 +96,7 @@ class CocoTask(Task):
         recipe: str = "paper",
         batch_size: int | None = None,
         lr: float | None = None,
+        memory_budget: str | None = None,
         option: list[str] | None = None,
         device: str | None = None,
         limit: int | None = None,
@@ -107,7 +108,13 @@ class CocoTask(Task):
             )
         models = [config.stem] if config is not None else model_names(detector, backbone, data)
         specs = unique([scoped(text, scope) for text in bits])
-        given = {"iterations": iterations, "batch_size": batch_size, "lr": lr, "init_size": init_size}
+        given = {
+            "iterations": iterations,
+            "batch_size": batch_size,
+            "lr": lr,
+            "init_size": init_size,
+            "memory_budget": memory_budget,
+        }
         given = command.parse_options(option or [], given)
         cells = command.make_cells(models, specs, method, seed, calib_size, data.profile.by(recipe), given)
         command.check_checkpoint(checkpoint, models)
@@ -208,6 +215,7 @@ def coco(
     recipe: command.Recipe = "paper",
     batch_size: Annotated[int | None, number("Images a step.", "batch_size")] = None,
     lr: Annotated[float | None, number("Learning rate.", "lr")] = None,
+    memory_budget: command.MemoryBudget = None,
     options: command.MethodOptions = None,
     seed: command.Seeds = [0],  # noqa: B006
     device: command.Device = None,
@@ -243,6 +251,7 @@ def coco(
         recipe=recipe,
         batch_size=batch_size,
         lr=lr,
+        memory_budget=memory_budget,
         option=options,
         device=device,
         limit=limit,

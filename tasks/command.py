@@ -44,6 +44,10 @@ Pretrained = Annotated[bool, typer.Option(help="Trained weights, or random ones 
 Recipe = Annotated[
     str, typer.Option(help='"paper", or "fast": a fifth of the steps at a higher learning rate, where not given.')
 ]
+MemoryBudget = Annotated[
+    str | None,
+    typer.Option(help='Bytes that quantization may allocate, as "8GiB"; results do not depend on it.'),
+]
 MethodOptions = Annotated[
     list[str] | None,
     typer.Option(
@@ -217,7 +221,7 @@ def parse_options(texts: Iterable[str], given: Mapping[str, Any] | None = None) 
 
 def _flag(option: str) -> str:
     """An option of methods as a command line has it."""
-    named = option in ("iterations", "batch_size", "lr", "init_size")
+    named = option in ("iterations", "batch_size", "lr", "init_size", "memory_budget")
     return f"--{option.replace('_', '-')}" if named else f"--option {shown(option)[1:-1]}"
 
 

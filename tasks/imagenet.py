@@ -94,6 +94,7 @@ class ImageNetTask(Task):
         recipe: str = "paper",
         batch_size: int | None = None,
         lr: float | None = None,
+        memory_budget: str | None = None,
         option: list[str] | None = None,
         device: str | None = None,
         limit: int | None = None,
@@ -103,7 +104,9 @@ class ImageNetTask(Task):
         profile = find_source(data).profile.by(recipe)
         backbones = unique(backbone or profile.models)
         specs = unique([QuantSpec.parse(text) for text in bits])
-        given = command.parse_options(option or [], {"iterations": iterations, "batch_size": batch_size, "lr": lr})
+        given = command.parse_options(
+            option or [], {"iterations": iterations, "batch_size": batch_size, "lr": lr, "memory_budget": memory_budget}
+        )
         cells = command.make_cells(backbones, specs, method, seed, calib_size, profile, given)
         command.check_checkpoint(checkpoint, backbones)
         setup = make_setup(
@@ -243,6 +246,7 @@ def imagenet(
     recipe: command.Recipe = "paper",
     batch_size: Annotated[int | None, number("Images a step.", "batch_size")] = None,
     lr: Annotated[float | None, number("Learning rate.", "lr")] = None,
+    memory_budget: command.MemoryBudget = None,
     options: command.MethodOptions = None,
     seed: command.Seeds = [0],  # noqa: B006
     device: command.Device = None,
@@ -277,6 +281,7 @@ def imagenet(
         recipe=recipe,
         batch_size=batch_size,
         lr=lr,
+        memory_budget=memory_budget,
         option=options,
         device=device,
         limit=limit,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from iasvit import sos
-from iasvit.calibration import ActivationStore, calibration_store, enabled, store
+from iasvit.calibration import ActivationStore, enabled, store
 from iasvit.errors import IasvitError
 from iasvit.methods import get_method
 from iasvit.models import find_pairs, segments
@@ -268,14 +268,14 @@ def test_quantizers_are_initialised_by_one_pass_of_the_quantized_model(
 
     seen: list[bool] = []
 
-    def check(_model: nn.Module, quantized: nn.Module, given_images: Tensor, *_args: Any, **kwargs: Any) -> None:
-        kwargs["start"](calibration_store(given_images, torch.device("cpu")))
+    def check(_model: nn.Module, quantized: nn.Module, given_images: ActivationStore, *_args: Any, **kw: Any) -> None:
+        kw["start"](given_images)
         activations = dict(quantizers_of(quantized, weights=False))
         again: dict[int, Tensor] = {}
         for quantizer in activations.values():
             quantizer.register_forward_pre_hook(lambda module, args: again.update({id(module): args[0].clone()}))
         with enabled(list(quantizers_of(quantized, weights=True)), False), torch.no_grad():
-            quantized(given_images[:7])
+            quantized(given_images.gather(range(7)))
         assert given.keys() == again.keys() == {id(quantizer) for quantizer in activations.values()}
         assert all(torch.equal(again[key], x) for key, x in given.items())
         assert all(quantizer.enabled for quantizer in activations.values())

@@ -29,8 +29,9 @@ from iasvit.benchmark.task import Outputs, Task
 from iasvit.benchmark.versions import method_version, other_version
 from iasvit.errors import IasvitError, StorageError, reason
 from iasvit.launch import fail_together
-from iasvit.methods import Method, get_method, images_used, method_options
+from iasvit.methods import Method, get_method, images_used, load_method_class, method_options, split_variant
 from iasvit.nn import quantizers_of
+from iasvit.options import without_bounds
 from iasvit.progress import Progress, fingerprint
 from iasvit.spec import QuantSpec
 
@@ -177,7 +178,9 @@ def make_jobs(task: Task, cells: Sequence[Cell]) -> list[Job]:
         if spec is None:
             jobs.append(Job(cell, Key(*identity, "W32A32", 0, 0, "").stored(), None))
             continue
-        options = format_options((name, value) for name, value in cell.options if value is not None)
+        cls = load_method_class(split_variant(cell.method)[0])
+        given = without_bounds(cls, {name: value for name, value in cell.options if value is not None})
+        options = format_options(given.items())
         key = Key(*identity, str(spec), cell.seed, cell.calib_size, options)
         jobs.append(Job(cell, key.stored(), spec))
     return jobs

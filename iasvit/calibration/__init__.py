@@ -3,12 +3,14 @@
 `fisher` captures every layer's inputs, outputs and squared gradients; `scale_search` chooses scales by them.
 """
 
+from iasvit.calibration.budget import forward_need, images_share, learning_need, nbytes, share_of
 from iasvit.calibration.observe import (
     calibrate_in_sequence,
     calibrate_in_stream,
     calibrate_inputs,
     calibrate_weights,
     enabled,
+    run_all,
 )
 from iasvit.calibration.store import (
     ActivationStore,
@@ -35,6 +37,12 @@ __all__ = [
     "default_memory_budget",
     "enabled",
     "first_images",
+    "forward_need",
+    "images_share",
+    "learning_need",
     "looked_at",
+    "nbytes",
+    "run_all",
+    "share_of",
     "tensors",
 ]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +20,9 @@ from torch.nn import functional as F
 
 from iasvit import distributed
 from iasvit.calibration.fisher import Capture, Product, captures, patches
-from iasvit.calibration.store import calibration_store
+from iasvit.calibration.spill import Table, mapped, pieces, reordered
+from iasvit.calibration.store import ActivationStore
 from iasvit.errors import IasvitError
-from iasvit.methods import Calibration
 from iasvit.nn import QuantConv2d, QuantMatMul, quant_layers, quantizers_of
 from iasvit.progress import Progress
 from iasvit.quantizers import SymmetricQuantizer
@@ -83,40 +84,38 @@ Metric = HessianGuided | CosineDistance
 
 def search_scales(
     model: nn.Module,
-    calibration: Calibration,
+    images: ActivationStore,
     *,
     factors: Tensor,
     rounds: int,
     metric: Metric,
     labels: torch.Generator | None,
-    init_size: int,
     progress: Progress,
+    memory_budget: int | None = None,
 ) -> None:
     """Choose the scales of all quantizers of a model, enable them, and set weights to the values of their codes.
 
     Args:
         model: full precision, with SymmetricQuantizers and TwinQuantizers inserted; changed in place.
-        calibration: images N×3×H×W or batches of them; the first `init_size` are used.
+        images: calibration images.
         factors: candidates as multiples of the max-abs scale, ascending.
         rounds: how often the two operands are searched in turn.
         metric: HessianGuided, which needs labels, or CosineDistance.
         labels: draws the labels of the Fisher; None where the metric needs none.
-        init_size: images.
         progress: of the phases "capture" (data through the model) and "calibration" (the search). A run with the same
             checkpoint goes on after the last segment done.
+        memory_budget: bytes of a segment's captures; more goes to files. None for no limit.
 
     Raises:
         IasvitError: NaN or Inf in a layer's input; no class logits for a Fisher.
     """
-    device = next(model.parameters()).device
-    images = calibration_store(calibration, device, limit=init_size)
     done = -1
     restored = progress.restore()
     if restored is not None:
         done, state = restored
         model.load_state_dict(state)
     total = sum(isinstance(module, Product) for module in model.modules())
-    chain = enumerate(captures(model, images, labels))
+    chain = enumerate(captures(model, images, labels, memory_budget=memory_budget))
     with progress.phase("calibration", total) as bar:
         while True:
             with progress.phase("capture"):
@@ -148,7 +147,7 @@ def _cost(capture: Capture) -> int:
     """Multiplications of the layer on all images; a search takes some multiple of them."""
     layer = capture.layer
     each = capture.inputs[0].shape[-1] if isinstance(layer, QuantMatMul) else layer.weight[0].numel()
-    return capture.output.numel() * each
+    return prod(capture.output.shape) * each
 
 
 @torch.no_grad()
@@ -176,12 +175,14 @@ def search_layer(
         if not search.run(side) and number > 0:
             break
     for side, scales in search.scales.items():
-        sides[side].set_scales(scales, search.given(side))
+        sides[side].set_scales(scales, search.ends(side))
 
 
 @dataclass(frozen=True)
 class _Operands:
     """A layer as the product left · rightᵀ + bias.
+
+    What is of the calibration images may be in files.
 
     Attributes:
         left: rows × K of a Linear or Conv2d (its patches), or batch × M × K of a product of activations.
@@ -191,10 +192,10 @@ class _Operands:
         bias: N entries, or None.
     """
 
-    left: Tensor
-    right: Tensor
-    output: Tensor
-    fisher: Tensor | None
+    left: Table
+    right: Table
+    output: Table
+    fisher: Table | None
     bias: Tensor | None
 
     @classmethod
@@ -203,13 +204,12 @@ class _Operands:
         layer, output, fisher = capture.layer, capture.output, capture.fisher
         if fisher is not None:
             # Where no gradient arrives at all, every error counts the same. The unit of the weights plays no part.
-            mean = fisher.mean(dtype=torch.float64)
-            fisher = (fisher / mean).float() if mean > 0 else torch.ones_like(fisher)
+            mean = torch.stack([fisher[piece].sum(dtype=torch.float64) for piece in pieces(fisher)]).sum()
+            mean = mean / prod(fisher.shape)
+            fisher = mapped(fisher, lambda x: (x / mean).float() if mean > 0 else torch.ones_like(x))
         if isinstance(layer, QuantMatMul):
-            left, right, bias = capture.inputs[0], capture.inputs[1].mT, None
-            left, right, output, fisher = (
-                None if x is None else x.flatten(0, -3) for x in (left, right, output, fisher)
-            )
+            left, right, bias = capture.inputs[0], mapped(capture.inputs[1], lambda x: x.mT), None
+            left, right, output, fisher = (_flat(x, -3) for x in (left, right, output, fisher))
         else:
             (left,), right, bias = capture.inputs, layer.weight.flatten(1), layer.bias
             if isinstance(layer, QuantConv2d):
@@ -218,17 +218,29 @@ class _Operands:
                 if left.ndim == 4:
                     left = patches(layer, left)
                     output, fisher = (None if x is None else x.flatten(2).mT for x in (output, fisher))
-            left, output, fisher = (None if x is None else x.flatten(0, -2) for x in (left, output, fisher))
+            left, output, fisher = (_flat(x, -2) for x in (left, output, fisher))
         if fisher is not None:
-            order = fisher.flatten(1).sum(dim=1).argsort(descending=True, stable=True)
-            left, output, fisher = left[order], output[order], fisher[order]
-            right = right[order] if left.ndim == 3 else right
+            sums = torch.cat([fisher[piece].flatten(1).sum(dim=1) for piece in pieces(fisher)])
+            order = sums.argsort(descending=True, stable=True)
+            left, output, fisher = (reordered(x, order) for x in (left, output, fisher))
+            right = reordered(right, order) if left.ndim == 3 else right
         return cls(left, right, output, fisher, bias)
 
     @property
     def has_weight(self) -> bool:
         """Whether right is a weight, the same for all rows."""
         return self.left.ndim == 2
+
+
+def _ends(x: Table) -> Tensor:
+    """The least and the largest value."""
+    pairs = torch.stack([torch.stack(x[piece].aminmax()) for piece in pieces(x)])
+    return torch.stack([pairs[:, 0].amin(), pairs[:, 1].amax()])
+
+
+def _flat(x: Table | None, end: int) -> Table | None:
+    """Dimensions 0 to `end` as one; what is in a file is so already."""
+    return x.flatten(0, end) if isinstance(x, Tensor) else x
 
 
 class _LayerSearch:
@@ -256,18 +268,26 @@ class _LayerSearch:
         self.quantized = {"left": operands.left, "right": operands.right}
         for side, quantizer in quantizers.items():
             if quantizer is not None:
-                self.candidates[side] = quantizer.candidate_scales(self.given(side), factors)
-                self._set(side, quantizer.candidate_scales(self.given(side), torch.ones(1))[0])
+                self.candidates[side] = quantizer.candidate_scales(self.ends(side), factors)
+                self._set(side, quantizer.candidate_scales(self.ends(side), torch.ones(1))[0])
         groups = {candidates.shape[1] for candidates in self.candidates.values()}
-        self.targets = {g: metric.target(operands.output, operands.bias, g) for g in groups}
+        self.targets = {
+            g: mapped(operands.output, partial(metric.target, bias=operands.bias, groups=g)) for g in groups
+        }
 
-    def given(self, side: str) -> Tensor:
+    def given(self, side: str) -> Table:
         """The operand in full precision."""
         return getattr(self.operands, side)
 
+    def ends(self, side: str) -> Tensor:
+        """What has the operand's least and largest value: itself, or of one in a file these two."""
+        given = self.given(side)
+        return given if isinstance(given, Tensor) else _ends(given)
+
     def _set(self, side: str, scales: Tensor) -> None:
         self.scales[side] = scales
-        self.quantized[side] = self.quantizers[side].quantize_with(self.given(side), scales[None])[0]
+        quantizer = self.quantizers[side]
+        self.quantized[side] = mapped(self.given(side), lambda x: quantizer.quantize_with(x, scales[None])[0])
 
     def run(self, side: str) -> bool:
         """Choose the scales of one side, of equals the first; whether they changed."""

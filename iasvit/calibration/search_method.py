@@ -7,13 +7,16 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from iasvit.calibration.budget import STORES, capture_need, images_share, share_of
+from iasvit.calibration.fisher import BATCH_SIZE
 from iasvit.calibration.scale_search import CosineDistance, HessianGuided, Metric, search_scales
+from iasvit.calibration.store import calibration_store
 from iasvit.errors import IasvitError
 from iasvit.methods import Calibration
-from iasvit.models import Site, prepare
-from iasvit.options import Range, check_fields
+from iasvit.models import Site, prepare, segments
+from iasvit.options import MemoryBudget, Range, check_fields
 from iasvit.progress import Progress
 from iasvit.quantizers import Quantizer
 from iasvit.spec import QuantSpec
@@ -31,6 +34,7 @@ class ScaleSearch(ABC):
         rounds: how often the two operands of a layer are searched in turn.
         seed: of the labels drawn for the Fisher, where the metric has one.
         init_size: calibration images used.
+        memory_budget: see `iasvit.options.MemoryBudget`.
     """
 
     candidates: Annotated[int, Range(1, 100_000)] = 100
@@ -39,6 +43,7 @@ class ScaleSearch(ABC):
     rounds: Annotated[int, Range(1)] = 1
     seed: int = 0
     init_size: Annotated[int, Range(1)] = 32
+    memory_budget: MemoryBudget = None
 
     metric: ClassVar[type[Metric]]
 
@@ -57,18 +62,32 @@ class ScaleSearch(ABC):
 
     def quantize(self, model: nn.Module, calibration: Calibration, spec: QuantSpec, progress: Progress) -> nn.Module:
         """See `iasvit.methods.Method`."""
-        quantized = prepare(model, spec, self.weight_quantizer, self.activation_quantizer)
+        device = next(model.parameters()).device
+        images = calibration_store(calibration, device, images_share(self.memory_budget), limit=self.init_size)
+
+        def quantizable() -> nn.Module:
+            return prepare(model, spec, self.weight_quantizer, self.activation_quantizer)
+
+        def need(copy: nn.Module, few: Tensor) -> int:
+            return capture_need(copy, few, images.passes(BATCH_SIZE, gradients=True), self._labels())
+
+        stores = STORES + len(segments(model))
+        share = share_of(self.memory_budget, self.name, quantizable, images, need, stores)
+        quantized = quantizable()
         search_scales(
             quantized,
-            calibration,
+            images,
             factors=torch.linspace(self.low, self.high, self.candidates),
             rounds=self.rounds,
             metric=self.metric(),
-            labels=torch.Generator().manual_seed(self.seed) if self.metric is HessianGuided else None,
-            init_size=self.init_size,
+            labels=self._labels(),
+            memory_budget=share,
             progress=progress,
         )
         return quantized
+
+    def _labels(self) -> torch.Generator | None:
+        return torch.Generator().manual_seed(self.seed) if self.metric is HessianGuided else None
 
     @abstractmethod
     def weight_quantizer(self, site: Site) -> Quantizer:

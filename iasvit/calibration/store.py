@@ -19,6 +19,8 @@ from iasvit.models import Activation
 from iasvit.scratch import Scratch
 
 BUDGET_VARIABLE = "IASVIT_STORE_MIB"
+# Pixels of images that share a pass, however much memory there is: 64 of 256 × 256 without gradients, 16 with.
+PASS_PIXELS, GRADIENT_PASS_PIXELS = 2**22, 2**20
 
 
 def default_memory_budget(device: torch.device | None = None) -> int:
@@ -79,19 +81,24 @@ class ActivationStore:
         self.device: torch.device | None = None
         self._batches: list[Tensor | _FileBatch] = []
         self._locations: list[tuple[int, int]] = []  # image → (batch, row)
-        self._held = 0
+        self._held = self._borrowed = 0
         self._spill: Scratch | None = None
 
     def __len__(self) -> int:
         return len(self._locations)
 
-    def append(self, batch: Tensor) -> None:
-        """Add the activations (B, ...) of B images; OSError where they have to be spilled and the disk is full."""
+    def append(self, batch: Tensor, borrowed: bool = False) -> None:
+        """Add the activations (B, ...) of B images; OSError where they have to be spilled and the disk is full.
+
+        A batch that is borrowed is in memory whether it is here or not, and stays there.
+        """
         batch = batch.detach()
         self.device = batch.device
         size = batch.numel() * batch.element_size()
-        spilled = self._held + size > self.memory_budget
-        if not spilled:
+        spilled = not borrowed and self._held + size > self.memory_budget
+        if borrowed:
+            self._borrowed += size
+        elif not spilled:
             self._held += size
         self._locations += [(len(self._batches), row) for row in range(batch.shape[0])]
         self._batches.append(self._spilled(batch) if spilled else batch)
@@ -139,6 +146,8 @@ class ActivationStore:
         """Join batches of one shape, so that a random batch is one indexing and not one for each image."""
         if len(self._batches) < 2 or self.spilled or len({batch.shape[1:] for batch in self._batches}) > 1:
             return
+        if self._borrowed and self._held + self._borrowed > self.memory_budget:
+            return
         self._batches = [torch.cat(self._batches)]
         self._locations = [(0, row) for row in range(len(self._locations))]
 
@@ -152,13 +161,24 @@ class ActivationStore:
         start = 0
         while start < count:
             stop = start + 1
-            while stop < min(start + size, count) and self._shape(stop) == self._shape(start):
+            while stop < min(start + size, count) and self.shape_of(stop) == self.shape_of(start):
                 stop += 1
             yield range(start, stop)
             start = stop
 
-    def _shape(self, image: int) -> torch.Size:
+    def shape_of(self, image: int) -> torch.Size:
+        """The shape of one image's activation."""
         return self._batches[self._locations[image][0]].shape[1:]
+
+    @property
+    def largest(self) -> int:
+        """The image of the most values; of equals the first."""
+        return max(range(len(self)), key=lambda image: self.shape_of(image).numel())
+
+    def passes(self, size: int, gradients: bool = False) -> int:
+        """Images that share a pass: `size`, less where images are so large that those would have more pixels."""
+        pixels = GRADIENT_PASS_PIXELS if gradients else PASS_PIXELS
+        return max(1, min(size, pixels // max(1, self.shape_of(self.largest)[1:].numel())))
 
     def map(self, run: Callable[[Tensor], Activation], batch_size: int, producer: str) -> Store:
         """A store of run(activations) for all images.
@@ -323,13 +343,17 @@ def calibration_store(
     """
     if not isinstance(calibration, Iterable):
         raise IasvitError(f"calibration is a {type(calibration).__name__}; give images as a tensor or batches of them")
-    batches: Iterable[Tensor] = calibration.split(64) if isinstance(calibration, Tensor) else calibration
+    batches: Iterable[Tensor] = [calibration] if isinstance(calibration, Tensor) else calibration
+    kept = isinstance(calibration, (Tensor, list, tuple))  # by the caller
     store = ActivationStore(default_memory_budget(device) if memory_budget is None else memory_budget)
     for batch in batches:
         check_batch(batch)
-        if not torch.isfinite(batch).all():
+        batch = batch[: None if limit is None else limit - len(store)]
+        if not all(torch.isfinite(part).all() for part in batch.split(64)):
             raise IasvitError("calibration images hold NaN or Inf; give normalised, finite images")
-        store.append(batch[: None if limit is None else limit - len(store)].to(device, torch.float32))
+        for part in [batch] if batch.device == device and batch.dtype == torch.float32 else batch.split(64):
+            ours = part.to(device, torch.float32)
+            store.append(ours, borrowed=kept and ours is part)
         if limit is not None and len(store) >= limit:
             break
     if not len(store):
@@ -378,7 +402,9 @@ def looked_at(calibration: Calibration, check: Callable[[Tensor], None]) -> tupl
     raise IasvitError("calibration holds no image; give at least one")
 
 
-def first_images(calibration: Calibration, count: int, device: torch.device) -> Tensor:
+def first_images(
+    calibration: Calibration, count: int, device: torch.device, memory_budget: int | None = None
+) -> Tensor:
     """The first `count` calibration images, or all where there are fewer, in one batch on the device.
 
     Images that differ in size are filled up with zeros at the right and the bottom, as a detector's batches are.
@@ -386,7 +412,7 @@ def first_images(calibration: Calibration, count: int, device: torch.device) -> 
     Raises:
         IasvitError: as `calibration_store`.
     """
-    store = calibration_store(calibration, device, limit=count)
+    store = calibration_store(calibration, device, memory_budget, limit=count)
     batches = list(store.batches(len(store)))
     if len(batches) == 1:
         return batches[0]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from iasvit.quantizers.base import Quantizer
 from iasvit.quantizers.log2 import power_of_two, require_non_negative
+from iasvit.quantizers.pool import Pool
 from iasvit.quantizers.search import ACTIVATION_PERCENTILES, upper_quantiles
 
 STEPS = 37  # r: the base is 2^(Q/r)
@@ -40,13 +41,12 @@ class AdaLogQuantizer(Quantizer):
         super().__init__(n_bits)
         self.percentiles = tuple(percentiles)
 
-    def _calibrate(self, x: Tensor) -> None:
-        require_non_negative(x)
-        values = x.float().reshape(-1)
-        scales = upper_quantiles(values[None], self.percentiles)[:, 0].clamp_min(torch.finfo(torch.float32).tiny)
-        exponents = torch.tensor(EXPONENTS, dtype=torch.float32, device=x.device)
+    def _calibrate(self, pool: Pool) -> None:
+        require_non_negative(pool.ends()[0])
+        scales = upper_quantiles(pool, self.percentiles)[:, 0].clamp_min(torch.finfo(torch.float32).tiny)
+        exponents = torch.tensor(EXPONENTS, dtype=torch.float32, device=pool.device)
         s, q = (grid.reshape(-1, 1) for grid in torch.meshgrid(scales, exponents, indexing="ij"))
-        best = self._errors(values, s, q).argmin()
+        best = torch.stack([self._errors(values[0], s, q) for values in pool.slices()]).sum(dim=0).argmin()
         self.scale, self.exponent = s[best, 0].clone(), q[best, 0].to(torch.int32)
 
     def _errors(self, x: Tensor, scales: Tensor, exponents: Tensor) -> Tensor:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from iasvit.errors import IasvitError
+from iasvit.quantizers.pool import Pool
 
 CONFIG_KEY = "config"
 LARGEST = 2.0**30  # of a quantizer's parameters
@@ -59,17 +60,19 @@ class Quantizer(nn.Module):
         """Whether `calibrate` has run, or a state with its results was loaded."""
         return all(getattr(self, name).numel() for name in self.parameters_)
 
-    def calibrate(self, x: Tensor) -> None:
-        """Choose the quantizer's parameters for values such as x's.
+    def calibrate(self, x: Tensor | Sequence[Tensor]) -> None:
+        """Choose the quantizer's parameters for values such as x's, or such as those of several tensors together.
 
         Raises:
             IasvitError: x is empty, holds NaN or Inf, or values outside the quantizer's domain.
         """
-        if x.numel() == 0:
+        parts = [x] if isinstance(x, Tensor) else x
+        if not any(part.numel() for part in parts):
             raise IasvitError("an empty tensor was given for calibration; at least one image is needed")
-        if not torch.isfinite(x).all():
+        pool = Pool(parts, getattr(self, "channel_dim", None))
+        if not pool.is_finite():
             raise IasvitError("NaN or Inf was given for calibration; the model or the images hold bad values")
-        self._calibrate(x.detach())
+        self._calibrate(pool)
 
     def encode(self, x: Tensor) -> Tensor:
         """Integer codes of x: uint8, x's shape."""
@@ -129,7 +132,7 @@ class Quantizer(nn.Module):
         return super()._apply(fn, recurse)
 
     # What a subclass writes. Codes are floats holding integers here: no gradient, no dtype changes in a hot path.
-    def _calibrate(self, x: Tensor) -> None:
+    def _calibrate(self, pool: Pool) -> None:
         raise NotImplementedError
 
     def _codes(self, x: Tensor) -> Tensor:

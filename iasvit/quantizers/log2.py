@@ -11,6 +11,7 @@ from torch import Tensor
 
 from iasvit.errors import IasvitError
 from iasvit.quantizers.base import Quantizer
+from iasvit.quantizers.pool import Pool
 from iasvit.quantizers.search import ACTIVATION_PERCENTILES, best_candidate, upper_quantiles
 
 
@@ -33,10 +34,10 @@ def rounded_power_of_two_(exponent: Tensor) -> Tensor:
     return bits.view(torch.float32)
 
 
-def require_non_negative(x: Tensor) -> None:
-    """Raise IasvitError for a value below 0, which has no logarithm."""
-    if x.min() < 0:
-        raise IasvitError(f"{x.min().item():.3g} was given for calibration; a log2 quantizer takes values from 0 on")
+def require_non_negative(least: Tensor) -> None:
+    """Raise IasvitError where the least of the values is below 0: it has no logarithm."""
+    if least < 0:
+        raise IasvitError(f"{least.item():.3g} was given for calibration; a log2 quantizer takes values from 0 on")
 
 
 class Log2Quantizer(Quantizer):
@@ -72,12 +73,11 @@ class Log2Quantizer(Quantizer):
         self.percentiles = tuple(percentiles)
         self.zero_code = zero_code
 
-    def _calibrate(self, x: Tensor) -> None:
-        require_non_negative(x)
-        rows = x.float().reshape(1, -1)
+    def _calibrate(self, pool: Pool) -> None:
+        require_non_negative(pool.ends()[0])
         smallest = torch.finfo(torch.float32).tiny
-        candidates = [(high.clamp_min(smallest),) for high in upper_quantiles(rows, self.percentiles)]
-        (scale,) = best_candidate(rows, candidates, lambda x, s: self._scaled_values(self._scaled_codes(x, s), s))
+        candidates = [(high.clamp_min(smallest),) for high in upper_quantiles(pool, self.percentiles)]
+        (scale,) = best_candidate(pool, candidates, lambda x, s: self._scaled_values(self._scaled_codes(x, s), s))
         self.scale = scale.reshape(())
 
     def _scaled_codes(self, x: Tensor, scale: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from iasvit.quantizers.base import Quantizer
 from iasvit.quantizers.log2 import require_non_negative, rounded_power_of_two_
+from iasvit.quantizers.pool import Pool
 from iasvit.quantizers.search import best_candidate
 from iasvit.quantizers.uniform import range_to_uniform
 
@@ -45,15 +46,14 @@ class SULQuantizer(Quantizer):
         super().__init__(n_bits)
         self.shifts = tuple(shifts)
 
-    def _calibrate(self, x: Tensor) -> None:
-        require_non_negative(x)
-        rows = x.float().reshape(1, -1)
-        smallest, largest = rows.amin(dim=1), rows.amax(dim=1)
+    def _calibrate(self, pool: Pool) -> None:
+        smallest, largest = pool.ends()[:, None]
+        require_non_negative(smallest)
         candidates = []
         for each in self.shifts:
             scale, zero_point = range_to_uniform(-(largest + each).log2(), -(smallest + each).log2(), self.n_bits)
             candidates.append((torch.full_like(scale, each), scale, zero_point))
-        shift, scale, zero_point = best_candidate(rows, candidates, self._fake_quantize_with)
+        shift, scale, zero_point = best_candidate(pool, candidates, self._fake_quantize_with)
         self.shift, self.scale = shift.reshape(()), scale.reshape(())
         self.zero_point = zero_point.reshape(()).to(torch.int32)
 

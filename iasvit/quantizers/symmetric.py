@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from iasvit.errors import IasvitError
+from iasvit.quantizers.pool import Pool
 from iasvit.quantizers.uniform import SMALLEST_SCALE, UniformQuantizer
 
 
@@ -34,8 +35,9 @@ class SymmetricQuantizer(UniformQuantizer):
         super().__init__(n_bits, channel_dim=None if groups == 1 else 0, percentiles=())
         self.groups = groups
 
-    def _calibrate(self, x: Tensor) -> None:
-        self.set_scales(self.max_abs_scales(x), x)
+    def _calibrate(self, pool: Pool) -> None:
+        x = pool.parts[0]
+        self.set_scales(self.max_abs_scales(pool.ends() if self.groups == 1 else x), x)
 
     def max_abs_scales(self, x: Tensor) -> Tensor:
         """max|x| / (2^(b-1) - 1/2) of each group: float32, one entry a group."""

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from iasvit.quantizers.base import Quantizer
 from iasvit.quantizers.log2 import power_of_two
+from iasvit.quantizers.pool import Pool
+from iasvit.quantizers.search import best_candidate
 from iasvit.quantizers.uniform import SMALLEST_SCALE
 
 GELU_MINIMUM = -0.16997124
@@ -80,11 +82,12 @@ class TwinSoftmaxQuantizer(TwinQuantizer):
     kind: ClassVar[str] = "twin_softmax"
     _lowest = 0
 
-    def _calibrate(self, x: Tensor) -> None:
-        """Δ₁ of least mean squared error on x; the scale search chooses by the layer's output instead."""
-        scales = self.candidate_scales(x, x)
-        errors = [(self.quantize_with(x, s[None])[0] - x).square_().mean(dtype=torch.float64) for s in scales]
-        self.set_scales(scales[torch.stack(errors).argmin()], x)
+    def _calibrate(self, pool: Pool) -> None:
+        """Δ₁ of least mean squared error; the scale search chooses by the layer's output instead."""
+        ends = pool.ends()
+        candidates = [(scale,) for scale in self.candidate_scales(ends, ends)]
+        (scale,) = best_candidate(pool, candidates, lambda x, s: self.quantize_with(x, s)[0])
+        self.set_scales(scale, ends)
 
     def candidate_scales(self, x: Tensor, factors: Tensor) -> Tensor:
         """Δ₂·2^-m for m = 0 … 19; the factors and x play no part."""
@@ -129,8 +132,9 @@ class TwinGELUQuantizer(TwinQuantizer):
     def _lowest(self) -> int:
         return -self.half
 
-    def _calibrate(self, x: Tensor) -> None:
-        self.set_scales(self.candidate_scales(x, torch.ones(1))[0], x)
+    def _calibrate(self, pool: Pool) -> None:
+        ends = pool.ends()
+        self.set_scales(self.candidate_scales(ends, torch.ones(1))[0], ends)
 
     def candidate_scales(self, x: Tensor, factors: Tensor) -> Tensor:
         """Each of the factors times max(x) / (2^(b-1) - 1/2); candidates × 1."""

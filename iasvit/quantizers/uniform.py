@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from iasvit.quantizers.base import Quantizer
-from iasvit.quantizers.search import ACTIVATION_PERCENTILES, best_candidate, by_channel, percentile_ranges
+from iasvit.quantizers.pool import Pool
+from iasvit.quantizers.search import ACTIVATION_PERCENTILES, best_candidate, percentile_ranges
 
 SMALLEST_SCALE = 1e-8  # of a channel that is 0 throughout
 LARGEST_ZERO_POINT = 2.0**16
@@ -53,12 +54,15 @@ class UniformQuantizer(Quantizer):
         self.channel_dim = channel_dim
         self.percentiles = tuple(percentiles)
 
-    def _calibrate(self, x: Tensor) -> None:
-        rows = by_channel(x.float(), self.channel_dim)
-        lows, highs = percentile_ranges(rows, self.percentiles)
-        candidates = [range_to_uniform(low, high, self.n_bits) for low, high in zip(lows, highs, strict=True)]
-        scale, zero_point = best_candidate(rows, candidates, self._fake_quantize_with)
+    def _calibrate(self, pool: Pool) -> None:
+        found = [self._search(block) for block in pool.blocks()]
+        scale, zero_point = (torch.cat(parts) for parts in zip(*found, strict=True))
         self.set_parameters(scale, zero_point)
+
+    def _search(self, pool: Pool) -> tuple[Tensor, ...]:
+        lows, highs = percentile_ranges(pool, self.percentiles)
+        candidates = [range_to_uniform(low, high, self.n_bits) for low, high in zip(lows, highs, strict=True)]
+        return best_candidate(pool, candidates, self._fake_quantize_with)
 
     def _fake_quantize_with(self, x: Tensor, scale: Tensor, zero_point: Tensor, out: Tensor | None = None) -> Tensor:
         codes = torch.div(x, scale, out=out).round_().add_(zero_point).clamp_(0, self.n_levels - 1)

@@ -184,8 +184,8 @@ def test_post_layernorm_codes_survive_the_folding(monkeypatch: pytest.MonkeyPatc
     before: list[UniformQuantizer] = []
     original = observe.calibrate_in_sequence
 
-    def calibrate(quantizers: list[tuple[str, Quantizer]], run: Callable[[], object]) -> object:
-        outputs = original(quantizers, run)
+    def calibrate(quantizers: list[tuple[str, Quantizer]], run: Callable[[], object], budget: int | None) -> object:
+        outputs = original(quantizers, run, budget)
         before.extend(copy.deepcopy(q) for name, q in quantizers if name.endswith("qkv.input_quantizer"))
         return outputs
 
