@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from iasvit.quantizers import Quantizer
+
+
+class _Computed(NamedTuple):
+    """A quantized weight, and what it was computed from."""
+
+    values: Tensor
+    sources: tuple[Tensor, ...]  # weight and the quantizer's buffers; held, so that no other tensor gets their memory
+    versions: tuple[int, ...]  # how often torch had changed each in place
+    config: dict[str, Any]  # the quantizer's
+
+    def is_of(self, sources: tuple[Tensor, ...], config: dict[str, Any]) -> bool:
+        """Whether it would be the same, computed from these."""
+        now = [(source.data_ptr(), source._version) for source in sources]
+        before = [(source.data_ptr(), version) for source, version in zip(self.sources, self.versions, strict=True)]
+        return now == before and self.config == config
 
 
 class _QuantWeight:
@@ -19,6 +34,7 @@ class _QuantWeight:
     bias: nn.Parameter | None
     weight_quantizer: Quantizer
     input_quantizer: Quantizer | None
+    _computed: _Computed | None = None
 
     def add_quantizers(self, weight_quantizer: Quantizer, input_quantizer: Quantizer | None) -> None:
         self.weight_quantizer = weight_quantizer
@@ -43,7 +59,25 @@ class _QuantWeight:
 
     def _operands(self, x: Tensor) -> tuple[Tensor, Tensor]:
         x = x if self.input_quantizer is None else self.input_quantizer(x)
-        return x, self.weight_quantizer(self.weight)
+        return x, self._quantized_weight()
+
+    def _quantized_weight(self) -> Tensor:
+        """The values of the weight's codes. Where no gradient is wanted they are computed once, and after a change."""
+        weight, quantizer = self.weight, self.weight_quantizer
+        sources = (weight, *quantizer.buffers())
+        learning = torch.is_grad_enabled() and weight.requires_grad
+        no_version = any(source.is_inference() for source in sources)
+        if learning or no_version or not quantizer.enabled or torch.compiler.is_compiling():
+            return quantizer(weight)
+        config = quantizer.config()
+        if self._computed is None or not self._computed.is_of(sources, config):
+            with torch.inference_mode(False), torch.no_grad():  # the values may serve a backward pass later
+                values = quantizer(weight)
+                if torch.equal(values, weight):  # rounded already: no second copy
+                    values = weight.detach()
+                held = tuple(source.detach() for source in sources)
+            self._computed = _Computed(values, held, tuple(source._version for source in sources), config)
+        return self._computed.values
 
 
 class QuantLinear(_QuantWeight, nn.Linear):
@@ -103,7 +137,12 @@ class QuantMatMul(nn.Module):
         self.right_quantizer = right_quantizer
 
     def forward(self, left: Tensor, right: Tensor) -> Tensor:
-        return self.left_quantizer(left) @ self.right_quantizer(right)
+        return self.left_quantizer(left) @ self.quantized_right(right)
+
+    def quantized_right(self, right: Tensor) -> Tensor:
+        """The right operand's quantized values. A transposed matrix is quantized as it lies in memory."""
+        transposed = right.stride(-2) == 1
+        return self.right_quantizer(right.mT).mT if transposed else self.right_quantizer(right)
 
 
 def quantizers_of(module: nn.Module, *, weights: bool) -> Iterator[tuple[str, Quantizer]]:

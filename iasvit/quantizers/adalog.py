@@ -36,6 +36,7 @@ class AdaLogQuantizer(Quantizer):
 
     kind: ClassVar[str] = "adalog"
     parameters_: ClassVar[tuple[str, ...]] = ("scale", "exponent")
+    monotone: ClassVar[bool] = True
 
     def __init__(self, n_bits: int, percentiles: Sequence[float] = ACTIVATION_PERCENTILES) -> None:
         super().__init__(n_bits)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from iasvit.errors import IasvitError
+from iasvit.quantizers.evaluation import PIECE, cell_table, look_up, pieces, worth_a_table
 from iasvit.quantizers.pool import Pool
 
 CONFIG_KEY = "config"
@@ -25,7 +26,9 @@ class Quantizer(nn.Module):
     next to a rounding tie may get the other code.
 
     Subclasses name in `parameters_` the buffers that `calibrate` fills, in `integers` those that are int32, in
-    `positive` those that are above 0, and in `config` what else rebuilds them.
+    `positive` those that are above 0, and in `config` what else rebuilds them. One whose parameters are scalars, and
+    whose codes never turn back from one float to the next on either side of 0, may say so in `monotone`: an evaluation
+    on a CPU then looks values up in a table.
 
     Args:
         n_bits: bits of a code, 2 to 8.
@@ -35,6 +38,7 @@ class Quantizer(nn.Module):
     parameters_: ClassVar[tuple[str, ...]]
     integers: ClassVar[tuple[str, ...]] = ("zero_point", "exponent")
     positive: ClassVar[tuple[str, ...]] = ("scale", "exponent")
+    monotone: ClassVar[bool] = False
 
     def __init__(self, n_bits: int) -> None:
         super().__init__()
@@ -42,6 +46,7 @@ class Quantizer(nn.Module):
             raise IasvitError(f"n_bits is {n_bits}, but quantizers have 2 to 8 bits")
         self.n_bits = n_bits
         self.enabled = True
+        self._cells: tuple[object, Tensor] | None = None
         for name in self.parameters_:
             self.register_buffer(name, torch.empty(0))
 
@@ -89,6 +94,8 @@ class Quantizer(nn.Module):
         if not self.calibrated:
             raise IasvitError("a quantizer was used before it was calibrated; run the method's calibration first")
         x = x.float() if x.dtype.itemsize < 4 else x
+        if x.is_cpu and not (torch.is_grad_enabled() and x.requires_grad) and not torch.compiler.is_compiling():
+            return self._evaluate(x.detach())
         if torch.compiler.is_compiling():  # an expression that fuses with its surroundings: x - x is 0, its gradient 1
             values = self._fake_quantize(x.detach())
             return values + (x - x.detach()) * self._ste(x.detach(), values)
@@ -146,6 +153,18 @@ class Quantizer(nn.Module):
         values = self._values(self._codes(x))
         return values if out is None else out.copy_(values)
 
+    def _evaluate(self, x: Tensor) -> Tensor:
+        """_fake_quantize of x on a CPU without a gradient, to the bit; a subclass saves more passes over the data."""
+        if self.monotone and worth_a_table(x):
+            return look_up(x, self._table(), self._fake_quantize)
+        return _FakeQuantize.apply(x, self)
+
+    def _table(self) -> Tensor:
+        key = self.config(), [getattr(self, name).item() for name in self.parameters_]
+        if self._cells is None or self._cells[0] != key:
+            self._cells = key, cell_table(self._codes, self._values)
+        return self._cells[1]
+
     def _ste(self, x: Tensor, values: Tensor) -> Tensor:
         """d values / d x with rounding taken as the identity, or a bool mask where that is 0 or 1; x's shape."""
         raise NotImplementedError
@@ -168,23 +187,18 @@ class Quantizer(nn.Module):
         return ", ".join(f"{key}={value}" for key, value in self.config().items() if key != "kind")
 
 
-# A quantizer is a dozen elementwise passes. On a CPU an attention map does not fit the cache, and each pass over it
-# waits for memory; pieces of this many values stay in the cache from the first pass to the last (4 times as fast).
-_PIECE = 2**17
-
-
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, quantizer: Quantizer) -> Tensor:
         needs_grad = ctx.needs_input_grad[0]
-        if not (x.is_cpu and quantizer.elementwise and x.numel() > 2 * _PIECE):
+        if not (x.is_cpu and quantizer.elementwise and x.numel() > 2 * PIECE):
             values = quantizer._fake_quantize(x)
             if needs_grad:
                 ctx.save_for_backward(quantizer._ste(x, values))
             return values
         x = x.contiguous()
         values, ste = torch.empty_like(x), torch.empty_like(x) if needs_grad else x
-        for source, target, gradient in zip(*(t.view(-1).split(_PIECE) for t in (x, values, ste)), strict=True):
+        for source, target, gradient in pieces(x, values, ste):
             quantizer._fake_quantize(source, out=target)
             if needs_grad:
                 gradient.copy_(quantizer._ste(source, target))

@@ -60,6 +60,7 @@ class Log2Quantizer(Quantizer):
 
     kind: ClassVar[str] = "log2"
     parameters_: ClassVar[tuple[str, ...]] = ("scale",)
+    monotone: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -41,6 +41,7 @@ class SULQuantizer(Quantizer):
     kind: ClassVar[str] = "sulq"
     parameters_: ClassVar[tuple[str, ...]] = ("shift", "scale", "zero_point")
     positive: ClassVar[tuple[str, ...]] = ("shift", "scale")
+    monotone: ClassVar[bool] = True
 
     def __init__(self, n_bits: int, shifts: Sequence[float] = SHIFTS) -> None:
         super().__init__(n_bits)

@@ -30,6 +30,7 @@ class TwinQuantizer(Quantizer):
     """
 
     parameters_: ClassVar[tuple[str, ...]] = ("scale", "shift")
+    monotone: ClassVar[bool] = True
     integers: ClassVar[tuple[str, ...]] = ("shift",)
 
     @property

@@ -1,0 +1,82 @@
+"""Fake quantization on a CPU where no gradient is wanted: as few passes over the data as give the very same values.
+
+A quantizer of one scale is a function of one float32 with at most 256 values, constant from one threshold to the next.
+A table over the upper bits of a float32 holds that function, but for the few cells that a threshold cuts; what falls
+into these is computed. So log2, log-sqrt2, AdaLog, SULQ and both twins cost alike, whatever their formulas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+SHIFT = 14  # lower bits of a float32 that a cell leaves out: 512 cells from one power of 2 to the next
+MARGIN = 64  # floats; log2 of two floats that are neighbours may come in the wrong order, so nearby is cut, too
+LEAST = 2**15  # values; below it the few calls of the formula cost less
+THREADS = 2  # the look-up runs in one; with more than so many the formula, which all share, is as fast
+# A quantizer is several passes, and values that do not fit the cache wait for memory in each. So many do, of a thread.
+PIECE = 2**17
+
+
+def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Tensors of one shape, cut along the first dimension into pieces of about PIECE values a thread."""
+    if tensors[0].numel() <= PIECE:
+        return iter((tensors,))
+    flat = all(tensor.is_contiguous() for tensor in tensors)
+    tensors = tuple(tensor.view(-1) for tensor in tensors) if flat else tensors
+    size, rows = PIECE * torch.get_num_threads(), len(tensors[0])
+    return zip(*(t.split(max(1, size * rows // t.numel())) for t in tensors), strict=True)
+
+
+def cell_table(codes_of: Callable[[Tensor], Tensor], values_of: Callable[[Tensor], Tensor]) -> Tensor:
+    """The value of each cell, and NaN where its floats have several.
+
+    Args:
+        codes_of: code of each float; from one float to the next it never turns back, on either side of 0.
+        values_of: value of each code.
+
+    Returns:
+        2^18 values, float32: for all floats x, entry `bits of x >> SHIFT`.
+    """
+    first = np.arange(2 ** (32 - SHIFT), dtype=np.uint32) << np.uint32(SHIFT)
+    last = first + np.uint32(2**SHIFT - 1)
+    zero = (first & np.uint32(0x7FFFFFFF)) == 0
+    low, high = np.where(zero, first, first - np.uint32(MARGIN)), last + np.uint32(MARGIN)
+    low_codes, high_codes = (codes_of(torch.from_numpy(bits.view(np.float32))) for bits in (low, high))
+    same = low_codes == high_codes  # NaN is not
+    return torch.where(same, values_of(torch.where(same, low_codes, 0.0)), torch.nan)
+
+
+def worth_a_table(x: Tensor) -> bool:
+    """Whether `look_up` takes x, and is faster than a formula."""
+    return x.dtype == torch.float32 and x.numel() >= LEAST and torch.get_num_threads() <= THREADS
+
+
+def look_up(x: Tensor, table: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
+    """Values of a table for x (float32, any shape), and what `compute` gives for those x whose cell has none."""
+    x = x.contiguous()
+    values = torch.empty_like(x)
+    cells = torch.empty(min(PIECE, x.numel()), dtype=torch.int32)
+    open_, start = [], 0
+    for source, target in zip(x.view(-1).split(PIECE), values.view(-1).split(PIECE), strict=True):
+        cell = cells[: len(source)]
+        np.right_shift(source.numpy().view(np.uint32), SHIFT, out=cell.numpy().view(np.uint32))
+        torch.index_select(table, 0, cell, out=target)
+        open_.append(np.flatnonzero(np.isnan(target.numpy())) + start)
+        start += len(source)
+    where = torch.from_numpy(np.concatenate(open_))
+    if len(where):
+        values.view(-1)[where] = compute(x.view(-1)[where])
+    return values
+
+
+def keep_freed_memory() -> None:
+    """Have the C library keep blocks of up to 32 MiB that are freed, where it is glibc; elsewhere this does nothing.
+
+    It gives larger blocks than its threshold back to the system, which zeroes each page again when it is next touched:
+    for an attention map that takes longer than to compute it. The threshold follows the largest block freed.
+    """
+    torch.empty(2**25 - 2**16, dtype=torch.uint8, device="cpu")
