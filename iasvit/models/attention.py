@@ -65,7 +65,7 @@ def explicit_attention(
         result.add_module(product_name, product)
         node.op, node.target = "call_module", product_name
     graph = result.graph
-    between = nest(graph, *(n for n in graph.nodes if n.op=="call_module" and n.target in MATMUL_NAMES))
+    between = nest(graph, *(n for n in graph.nodes if n.op == "call_module" and n.target in MATMUL_NAMES))
     if between is not None:
         result.add_module("between", fx.GraphModule({}, between, "Between"))
     result.recompile()

@@ -14,8 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from iasvit.nn import QuantMatMul
-
 PIECE = 2**18  # values of an attention map, of a thread
 
 
@@ -43,10 +41,12 @@ def nest(graph: fx.Graph, first: fx.Node, second: fx.Node) -> fx.Graph | None:
 
     inner, copies = fx.Graph(), {}
     with graph.inserting_before(second):
-        modules = {node: graph.get_attr(node.target) for node in inside if node.op == "call_module"}
+        modules = {node: graph.create_node("get_attr", node.target) for node in inside if node.op == "call_module"}
         arguments = (*modules.values(), *operands, *others)
         given = [node for node in nodes if node.op == "placeholder"][1:]
-        call = graph.call_function(attend, (graph.get_attr("between"), tuple(given), len(modules), *arguments))
+        call = graph.call_function(
+            attend, (graph.create_node("get_attr", "between"), tuple(given), len(modules), *arguments)
+        )
     for node in arguments:
         copies[node] = inner.placeholder(node.name)
     for node in inside:

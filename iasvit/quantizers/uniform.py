@@ -99,7 +99,11 @@ class UniformQuantizer(Quantizer):
     def _evaluate(self, x: Tensor) -> Tensor:
         # Two passes less than _fake_quantize. Sums of round(x / s) and z are exact, or beyond the range either way;
         # 0 is added, for -0 would come of a small negative x.
-        if self.channel_dim is not None or x.dtype != torch.float32 or abs(zero_point := self.zero_point.item()) > 2**22:
+        if (
+            self.channel_dim is not None
+            or x.dtype != torch.float32
+            or abs(zero_point := self.zero_point.item()) > 2**22
+        ):
             return self._fake_quantize(x)
         scale, low, zero = self.scale.item(), -zero_point, torch.zeros(())
         values = torch.empty(x.shape)
