@@ -1,38 +1,33 @@
-"""How quantizers are set before anything is learnt."""
+"""How activation quantizers are set before anything is learnt; weights take the range of least error of their own."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 
 import torch
 from torch import nn
 
-from iasvit.blockwise.output_search import search_outputs
 from iasvit.calibration import (
     ActivationStore,
     calibrate_in_stream,
     calibrate_inputs,
-    calibrate_weights,
     enabled,
     run_all,
 )
 from iasvit.models import find_pairs, segments
-from iasvit.nn import quant_layers, quantizers_of
+from iasvit.nn import quantizers_of
 from iasvit.reparam import reparameterize
 
 
 def propagated(quantized: nn.Module, images: ActivationStore, size: int, share: int | None) -> None:
     """Activation ranges by one pass of the quantized model, weights in full precision: I&S-ViT's code does so.
 
-    Each quantizer sees what those before it, in its block and in earlier ones, have made of the activations. Then
-    LayerNorm→Linear pairs become per tensor, and weights get the range of least error of their own.
+    Each quantizer sees what those before it, in its block and in earlier ones, have made of the activations.
     """
     with enabled(list(quantizers_of(quantized, weights=True)), False):
         batches = images.batches(images.passes(size), limit=size)
         calibrate_in_stream(quantized, run_all(lambda batch: batch, batches, share), share)
-    _fold(quantized)
-    calibrate_weights(quant_layers(quantized))
 
 
 def observed(quantized: nn.Module, images: ActivationStore, size: int, share: int | None) -> None:
@@ -42,23 +37,18 @@ def observed(quantized: nn.Module, images: ActivationStore, size: int, share: in
         for segment in segments(quantized):
             run = partial(run_all, segment.run, activations, share)
             activations = calibrate_inputs(segment.quantizers(weights=False), run, share)
-    _fold(quantized)
-    calibrate_weights(quant_layers(quantized))
-
-
-def searched(quantized: nn.Module, images: ActivationStore, size: int, share: int | None) -> None:
-    """As `observed`, then each layer's operands in turn by the error of its output (AdaLog's code line); see there."""
-    observed(quantized, images, size, share)
-    search_outputs(quantized, images, size, share)
 
 
 @torch.no_grad()
-def _fold(quantized: nn.Module) -> None:
+def fold(quantized: nn.Module, layers: Collection[nn.Module] | None = None) -> None:
+    """Make LayerNorm→Linear pairs per tensor, exactly where weights are in full precision; those of these layers."""
     for pair in find_pairs(quantized):
-        quantizer = pair.linears[0].input_quantizer
-        if getattr(quantizer, "channel_dim", None) is not None and quantizer.enabled:
+        linear = pair.linears[0]
+        quantizer = linear.input_quantizer
+        per_channel = getattr(quantizer, "channel_dim", None) is not None
+        if per_channel and quantizer.enabled and (layers is None or linear in layers):
             reparameterize(pair)
 
 
 Initialisation = Callable[[nn.Module, ActivationStore, int, int | None], None]
-INITIALISATIONS: dict[str, Initialisation] = {"propagated": propagated, "observed": observed, "searched": searched}
+INITIALISATIONS: dict[str, Initialisation] = {"propagated": propagated, "observed": observed}

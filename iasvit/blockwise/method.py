@@ -10,12 +10,13 @@ from typing import Annotated, ClassVar
 from torch import Tensor, nn
 
 from iasvit.blockwise.core import Settings, reconstruct
-from iasvit.blockwise.initialise import INITIALISATIONS
+from iasvit.blockwise.initialise import INITIALISATIONS, fold
 from iasvit.blockwise.losses import Loss
 from iasvit.blockwise.teacher import Teacher, frozen
 from iasvit.blockwise.transforms import relu_transformed
 from iasvit.calibration import (
     ActivationStore,
+    calibrate_weights,
     calibration_store,
     forward_need,
     images_share,
@@ -95,7 +96,7 @@ class BlockReconstruction:
 
     name: ClassVar[str]
     recipes: ClassVar[dict[str, BlockRecipe]] = ROUNDING_RECIPES
-    adaround: ClassVar[bool] = True
+    adaround: ClassVar[bool] = True  # learn the rounding; else the weights
     suffixes: ClassVar[bool] = False  # whether each step runs the rest of the network too
     head_divergence: ClassVar[bool] = True  # whether a classifier's answers are compared by their divergence
 
@@ -120,6 +121,10 @@ class BlockReconstruction:
             autocast=self.autocast,
             compile=self.compile,
         )
+
+    def smooth_settings(self, settings: Settings) -> Settings | None:
+        """How a block is learnt before its weights are quantized; None where it is not (I&S-ViT's stage 1)."""
+        return None
 
     def forwards(self, calib_size: int) -> float:
         """See `iasvit.methods.Method`; a step is a forward and a backward of a block with quantizers, and of the rest."""
@@ -151,15 +156,30 @@ class BlockReconstruction:
         if self.loss().needs_logits:
             teacher.answers()
 
+        smooth = self.smooth_settings(settings)
+
         def initialise(images: ActivationStore) -> None:
             with progress.phase("calibration"):
                 INITIALISATIONS[self.initialisation](quantized, images, self.init_size, share)
+                if smooth is None:
+                    fold(quantized)
+                    calibrate_weights(quant_layers(quantized))
 
         def fit(job: SegmentJob) -> None:
             with progress.phase("reconstruction, blocks"):
+                if smooth is not None:
+                    layers = job.segment.layers()
+                    for layer in layers:
+                        layer.weight_quantizer.enabled = False
+                    reconstruct(job, teacher, Loss(), smooth, self.seed)
+                    fold(quantized, layers)
+                    for layer in layers:
+                        layer.calibrate_weight()
                 reconstruct(job, teacher, self.loss(), settings, self.seed)
 
-        steps = settings.iterations * sum(bool(segment.modules) for segment in segments(quantized))
+        steps = (settings.iterations + (smooth.iterations if smooth else 0)) * sum(
+            bool(segment.modules) for segment in segments(quantized)
+        )
         with frozen(model):
             stream(model, quantized, images, fit, progress, start=initialise, batch_size=64, steps=steps)
             self.finish(quantized, teacher, settings, progress)

@@ -195,8 +195,12 @@ def learning(
     for layer in segment.layers():
         quantizer = layer.weight_quantizer
         if not isinstance(quantizer, UniformQuantizer):
-            raise IasvitError(f"a weight has a {type(quantizer).__name__}, but rounding is learnt for uniform ones only")
+            raise IasvitError(
+                f"a weight has a {type(quantizer).__name__}, but rounding is learnt for uniform ones only"
+            )
         new: nn.Module = quantizer
+        if not quantizer.enabled:
+            continue
         if adaround:
             new = learnt.roundings[layer] = AdaRound(quantizer, layer.weight)
         elif weight_scales:

@@ -1,4 +1,4 @@
-"""The loop of optimization steps: schedules on the device, one launch a step on a GPU, gradients of several processes."""
+"""The loop of optimization steps: schedules on the device, one launch a step on a GPU, several processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The full-precision model behind a block: its frozen rest, its answers, and gradients of a task's loss at the block."""
+"""The full-precision model behind a block: its frozen rest, its answers, gradients of a task's loss at the block."""
 
 from __future__ import annotations
 
@@ -54,6 +54,22 @@ def caller(compile: bool) -> Callable[[Run, Activation], Activation]:
     return lambda run, x: _compiled_call()(run, x) if isinstance(run, nn.Module) else run(x)
 
 
+def answers_of(last: Segment, x: Activation) -> tuple[Tensor, Tensor]:
+    """What a model's last segment makes of its inputs, B images, and what the Linears in it read: (B, ...) both.
+
+    Features are the logits themselves where there is no Linear, and joined where there are several.
+    """
+    seen: list[Tensor] = []
+    linears = [m for _, root in last.modules for m in root.modules() if isinstance(m, nn.Linear)]
+    handles = [m.register_forward_pre_hook(lambda _, args: seen.append(args[0])) for m in linears]
+    try:
+        logits = last.run(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return logits, torch.cat(seen, dim=1) if seen else logits
+
+
 class Teacher:
     """The full-precision model, of which a block's outputs are read on.
 
@@ -70,6 +86,7 @@ class Teacher:
         self.images, self.of = images, of
         self.call = caller(compile)
         self._answers: tuple[Tensor, Tensor] | None = None
+        self._has_logits: bool | None = None
 
     def answers(self) -> tuple[Tensor, Tensor]:
         """Logits (N, classes) and features (N, width) of all images: what the last Linear puts out, and reads.
@@ -78,7 +95,7 @@ class Teacher:
             IasvitError: the model puts out no table of logits.
         """
         if self._answers is None:
-            found = []
+            found: list[tuple[Tensor, Tensor]] = []
             with torch.no_grad():
                 for batch in self.images.batches(self.images.passes(64)):
                     x: Activation = batch
@@ -93,22 +110,25 @@ class Teacher:
             self._answers = logits, features
         return self._answers
 
+    @property
+    def has_logits(self) -> bool:
+        """Whether the model puts out a table of logits; found out on the first image."""
+        if self._answers is None and self._has_logits is None:
+            x: Activation = self.images.gather([0])
+            with torch.no_grad():
+                for segment in self.chain:
+                    x = segment.run(x)
+            self._has_logits = isinstance(x, Tensor) and x.ndim == 2
+        return self._answers is not None or bool(self._has_logits)
+
     def last(self, x: Activation) -> tuple[Tensor, Tensor]:
         """Logits and features of the last segment's inputs x, B images."""
-        segment, seen = self.chain[-1], []
-        linears = [m for _, root in segment.modules for m in root.modules() if isinstance(m, nn.Linear)]
-        handles = [m.register_forward_pre_hook(lambda _, args: seen.append(args[0])) for m in linears]
-        try:
-            logits = segment.run(x)
-        finally:
-            for handle in handles:
-                handle.remove()
-        if not isinstance(logits, Tensor) or logits.ndim != 2 or any(feature.ndim != 2 for feature in seen):
+        if not self.has_logits:
             raise IasvitError(
                 f"{self.of} reads the model's logits (images, classes), but {type(self.model).__name__} puts out "
                 "something else; take a method that compares blocks alone, such as qdrop"
             )
-        return logits, torch.cat(seen, dim=1) if seen else logits
+        return answers_of(self.chain[-1], x)
 
     def behind(self, index: int, x: Activation) -> tuple[Tensor, Tensor]:
         """Logits and features of x, B images, activations that leave segment `index`."""

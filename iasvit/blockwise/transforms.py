@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from contextlib import suppress
 from typing import Any
 
 from torch import nn
@@ -22,10 +23,8 @@ def _transforms() -> Any:
 def rotated(model: nn.Module, seed: int) -> nn.Module:
     """A copy whose residual stream and heads are rotated; only the heads where the stream cannot be."""
     transforms = _transforms()
-    try:
+    with suppress(IasvitError):  # Swin: LayerNorms between streams of several widths stay
         model = transforms.rotate_residual(model, seed)
-    except IasvitError:  # Swin: LayerNorms between streams of several widths stay
-        pass
     return transforms.rotate_heads(model, seed)
 
 
