@@ -98,8 +98,9 @@ class Blend(BlockReconstruction):
     recipes: ClassVar[dict[str, BlockRecipe]] = {
         "paper": BlockRecipe(500, 2e-4, 2e-3, 2000, 4e-4),
         "fast": BlockRecipe(100, 4e-4, 4e-3, 500, 4e-4),
+        "mini": BlockRecipe(100, 1e-3, 4e-3, 300, 1e-3),
     }
-    joint_steps: ClassVar[dict[str, int]] = {"paper": 3000, "fast": 300}
+    joint_steps: ClassVar[dict[str, int]] = {"paper": 3000, "fast": 300, "mini": 200}
 
     @property
     def adaround(self) -> bool:  # type: ignore[override]

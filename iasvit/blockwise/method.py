@@ -52,8 +52,12 @@ class BlockRecipe:
     relu_lr: float = 4e-5
 
 
-# AdaRound: the papers', and a fortieth of the steps at rates that reach as far.
-ROUNDING_RECIPES = {"paper": BlockRecipe(20_000, 1e-3, 4e-5), "fast": BlockRecipe(500, 2e-2, 4e-4, 500, 4e-4)}
+# AdaRound: the papers'; a fortieth of the steps at rates that reach as far; the same for the embedded mini models.
+ROUNDING_RECIPES = {
+    "paper": BlockRecipe(20_000, 1e-3, 4e-5),
+    "fast": BlockRecipe(500, 2e-2, 4e-4, 500, 4e-4),
+    "mini": BlockRecipe(300, 3e-2, 1e-3, 300, 1e-3),
+}
 
 
 @dataclass
@@ -65,7 +69,8 @@ class BlockReconstruction:
     subclass chooses the loss, and what else makes it different.
 
     Options:
-        recipe: what iterations and learning rates are where they are not given.
+        recipe: what iterations and learning rates are where they are not given: "paper", "fast" or "mini", which is for
+            the embedded models.
         iterations: steps of a block.
         batch_size: images a step.
         lr: Adam's learning rate of the rounding, constant, or of the weights, along a cosine to 0.
@@ -80,7 +85,7 @@ class BlockReconstruction:
         memory_budget: see `iasvit.options.MemoryBudget`.
     """
 
-    recipe: Annotated[str, OneOf(("paper", "fast"))] = "paper"
+    recipe: Annotated[str, OneOf(("paper", "fast", "mini"))] = "paper"
     iterations: Annotated[int | None, Range(0)] = None
     batch_size: Annotated[int, Range(1)] = 32
     lr: Annotated[float | None, Range(0)] = None
@@ -127,7 +132,7 @@ class BlockReconstruction:
         return None
 
     def forwards(self, calib_size: int) -> float:
-        """See `iasvit.methods.Method`; a step is a forward and a backward of a block with quantizers, and of the rest."""
+        """See `iasvit.methods.Method`; a step is a forward and a backward with quantizers, and of what is behind."""
         steps = self.settings().iterations * self.batch_size
         return (3.5 + (12 if self.suffixes else 0)) * steps + 30 * calib_size
 

@@ -67,6 +67,7 @@ def answers_of(last: Segment, x: Activation) -> tuple[Tensor, Tensor]:
     finally:
         for handle in handles:
             handle.remove()
+    assert isinstance(logits, Tensor)
     return logits, torch.cat(seen, dim=1) if seen else logits
 
 
