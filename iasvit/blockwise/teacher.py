@@ -48,10 +48,8 @@ def _compiled_call() -> Callable[..., Activation]:
 
 
 def caller(compile: bool) -> Callable[[Run, Activation], Activation]:
-    """What runs a segment: as it is, or, where it is a module, fused by torch.compile."""
-    if not compile:
-        return _call
-    return lambda run, x: _compiled_call()(run, x) if isinstance(run, nn.Module) else run(x)
+    """What runs a segment: as it is, or fused by torch.compile."""
+    return _compiled_call() if compile else _call
 
 
 def answers_of(last: Segment, x: Activation) -> tuple[Tensor, Tensor]:
@@ -153,7 +151,7 @@ class Teacher:
         first, *others = tensors(x)
         leaf = first.detach().requires_grad_(True)
         with torch.enable_grad():
-            logits, _ = self.behind(index, (leaf, *others) if others else leaf)
+            logits, _ = self.behind(index, (leaf, *others) if isinstance(x, tuple) else leaf)
             loss = F.kl_div((logits / temperature).log_softmax(dim=1), target, reduction="sum", log_target=True)
             return torch.autograd.grad(loss, leaf)[0]
 
@@ -162,6 +160,6 @@ class Teacher:
         first, *others = tensors(x)
         leaf = first.detach().requires_grad_(True)
         with torch.enable_grad():
-            inputs = self._to_last(index, (leaf, *others) if others else leaf)
+            inputs = self._to_last(index, (leaf, *others) if isinstance(x, tuple) else leaf)
             value = self.adapter.log_likelihood(self.model, inputs, generator).sum()
             return torch.autograd.grad(value, leaf)[0]
