@@ -8,15 +8,17 @@ from functools import partial
 import torch
 from torch import nn
 
+from iasvit.blockwise.output_search import search_outputs
 from iasvit.calibration import (
     ActivationStore,
     calibrate_in_stream,
     calibrate_inputs,
+    calibrate_weights,
     enabled,
     run_all,
 )
 from iasvit.models import find_pairs, segments
-from iasvit.nn import quantizers_of
+from iasvit.nn import quant_layers, quantizers_of
 from iasvit.reparam import reparameterize
 
 
@@ -51,4 +53,22 @@ def fold(quantized: nn.Module, layers: Collection[nn.Module] | None = None) -> N
 
 
 Initialisation = Callable[[nn.Module, ActivationStore, int, int | None], None]
-INITIALISATIONS: dict[str, Initialisation] = {"propagated": propagated, "observed": observed}
+INITIALISATIONS: dict[str, Initialisation] = {"propagated": propagated, "observed": observed, "searched": observed}
+
+
+def initialise(name: str, quantized: nn.Module, images: ActivationStore, size: int, share: int | None) -> None:
+    """Set all quantizers of a quantizable model: activations, then pairs made per tensor, then weights.
+
+    Args:
+        name: of the activations' initialisation. "searched" is "observed", and then a search of all ranges by what each
+            layer puts out (`search_outputs`).
+        quantized: none of its quantizers calibrated.
+        images: calibration images.
+        size: how many of them are read.
+        share: bytes for each store of activations; None for no limit.
+    """
+    INITIALISATIONS[name](quantized, images, size, share)
+    fold(quantized)
+    calibrate_weights(quant_layers(quantized))
+    if name == "searched":
+        search_outputs(quantized, images, size, share)

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from iasvit.blockwise.core import Settings, reconstruct
 from iasvit.blockwise.initialise import INITIALISATIONS, fold
+from iasvit.blockwise.initialise import initialise as initialise_all
 from iasvit.blockwise.losses import Loss
 from iasvit.blockwise.teacher import Teacher, frozen
 from iasvit.blockwise.transforms import relu_transformed
 from iasvit.calibration import (
     ActivationStore,
-    calibrate_weights,
     calibration_store,
     forward_need,
     images_share,
@@ -91,7 +91,7 @@ class BlockReconstruction:
     lr: Annotated[float | None, Range(0)] = None
     scale_lr: Annotated[float | None, Range(0)] = None
     drop: Annotated[float, Range(0, 1)] = 0.5
-    initialisation: Annotated[str, OneOf(tuple(INITIALISATIONS))] = "observed"
+    initialisation: Annotated[str, OneOf(tuple(INITIALISATIONS))] = "searched"
     init_size: Annotated[int, Range(1)] = 128
     softmax: Annotated[str, OneOf(SOFTMAX_QUANTIZERS)] = "uniform"
     seed: int = 0
@@ -165,10 +165,10 @@ class BlockReconstruction:
 
         def initialise(images: ActivationStore) -> None:
             with progress.phase("calibration"):
-                INITIALISATIONS[self.initialisation](quantized, images, self.init_size, share)
                 if smooth is None:
-                    fold(quantized)
-                    calibrate_weights(quant_layers(quantized))
+                    initialise_all(self.initialisation, quantized, images, self.init_size, share)
+                else:
+                    INITIALISATIONS[self.initialisation](quantized, images, self.init_size, share)
 
         def fit(job: SegmentJob) -> None:
             with progress.phase("reconstruction, blocks"):

@@ -161,11 +161,11 @@ def _capture(
 def _joined(layer: Product, calls: list[tuple[Tensor, ...]]) -> list[Tensor]:
     """Input(s), output and Fisher of all calls of a layer, each joined; of maps of different sizes, as rows."""
     if not (isinstance(layer, QuantMatMul) or len({x.shape[1:] for x, *_ in calls}) == 1):
-        calls = [_as_rows(layer, call) for call in calls]
+        calls = [as_rows(layer, call) for call in calls]
     return [torch.cat(batches) for batches in zip(*calls, strict=True)]
 
 
-def _as_rows(layer: Product, call: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def as_rows(layer: Product, call: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Input, output and Fisher of one call of a Linear or Conv2d as rows; of a product, as matrices."""
     x, *outputs = call
     if isinstance(layer, QuantMatMul):
@@ -177,7 +177,7 @@ def _as_rows(layer: Product, call: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def _to_files(files: dict[nn.Module, list[FileTensor]], layer: Product, call: tuple[Tensor, ...]) -> None:
-    rows = _as_rows(layer, call)
+    rows = as_rows(layer, call)
     if layer not in files:
         files[layer] = [FileTensor(x) for x in rows]
     else:

@@ -1,0 +1,140 @@
+"""Ranges of uniform quantizers by the error of a layer's output, operand by operand, in full-precision surroundings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from iasvit import distributed
+from iasvit.calibration import ActivationStore, calibration_store
+from iasvit.calibration.fisher import Capture, as_rows, captures
+from iasvit.calibration.spill import FileTensor, Table
+from iasvit.nn import QuantMatMul, quantizers_of
+from iasvit.quantizers import Quantizer, UniformQuantizer
+from iasvit.quantizers.uniform import range_to_uniform
+
+ROUNDS, CANDIDATES = 3, 128
+ROWS, MATRICES = 2**13, 2**7  # of a layer's inputs that its search reads at most, evenly spaced; of a product's
+
+
+@torch.no_grad()
+def search_outputs(quantized: nn.Module, images: ActivationStore, size: int, share: int | None) -> None:
+    """Choose the ranges of all uniform quantizers by what their layer puts out (AdaLog's code line, section 0 there).
+
+    For each layer or product by itself, on the full-precision model's activations: in 3 rounds weights, then inputs (or
+    the left, then the right operand) take, of 128 multiples of their full range and what they have, what makes the
+    squared error of the output least while the other operand is quantized as it then is. Weights choose for each output
+    channel.
+
+    Args:
+        quantized: all its quantizers calibrated, activations per tensor; others, and those of other kinds, stay.
+        images: calibration images.
+        size: how many of them are read.
+        share: bytes for each store of activations; None for no limit.
+    """
+
+    def search() -> None:
+        device = next(quantized.parameters()).device
+        some = calibration_store(images.batches(images.passes(size), limit=size), device, share)
+        for layers in captures(quantized, some, None, memory_budget=share):
+            for capture in layers:
+                search_product(capture) if isinstance(capture.layer, QuantMatMul) else search_layer(capture)
+
+    quantizers = [quantizer for weights in (True, False) for _, quantizer in quantizers_of(quantized, weights=weights)]
+    distributed.done_by_first(quantizers, search)
+
+
+def search_layer(capture: Capture) -> None:
+    """Choose the ranges of a Linear or Conv2d."""
+    layer, device = capture.layer, capture.layer.weight.device
+    x, y = _rows(capture)
+    weight = layer.weight.flatten(1)
+    target = y.to(device) if layer.bias is None else y.to(device) - layer.bias
+    x = x.to(device)
+    weights, inputs = layer.weight_quantizer, layer.input_quantizer
+    for _ in range(ROUNDS):
+        read = x if inputs is None else _values(inputs, x)
+        if _searchable(weights, 0):
+            gram, cross = read.T @ read, target.T @ read
+
+            def error(quantized: Tensor, gram: Tensor = gram, cross: Tensor = cross) -> Tensor:
+                # |Ŵ x̂ - y|² summed over the rows, but for what is the same for all candidates.
+                return ((quantized @ gram - 2 * cross) * quantized).sum(dim=1, dtype=torch.float64)
+
+            found = [(error(weights._fake_quantize_with(weight, s, z)), s, z) for s, z in _candidates(weights, weight)]
+            weights.set_parameters(*_best(found))
+        if inputs is None or not _searchable(inputs, None):
+            return
+        answers = _values(weights, weight).T
+        tries = [
+            ((inputs._fake_quantize_with(x, s, z) @ answers - target).square().sum(dtype=torch.float64)[None], s, z)
+            for s, z in _candidates(inputs, x)
+        ]
+        inputs.set_parameters(*_best(tries))
+
+
+def search_product(capture: Capture) -> None:
+    """Choose the ranges of a product of activations."""
+    left, right, y = (_matrices(table) for table in (*capture.inputs, capture.output))
+    operands = [(capture.layer.left_quantizer, left), (capture.layer.right_quantizer, right)]
+    for _ in range(ROUNDS):
+        for place, (quantizer, x) in enumerate(operands):
+            if not _searchable(quantizer, None):
+                continue
+            other = _values(*operands[1 - place])
+
+            def error(values: Tensor, other: Tensor = other, first: bool = place == 0) -> Tensor:
+                product = values @ other if first else other @ values
+                return (product - y).square().sum(dtype=torch.float64)[None]
+
+            found = [(error(quantizer._fake_quantize_with(x, s, z)), s, z) for s, z in _candidates(quantizer, x)]
+            quantizer.set_parameters(*_best(found))
+
+
+def _searchable(quantizer: Quantizer, channel_dim: int | None) -> bool:
+    return isinstance(quantizer, UniformQuantizer) and quantizer.channel_dim == channel_dim and quantizer.calibrated
+
+
+def _values(quantizer: Quantizer, x: Tensor) -> Tensor:
+    return quantizer.decode(quantizer.encode(x)) if quantizer.calibrated else x
+
+
+def _candidates(quantizer: UniformQuantizer, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Scales and zero-points to try, which broadcast against x: what the quantizer has first."""
+    yield quantizer._shaped(x.ndim)
+    if quantizer.channel_dim is None:
+        low, high = x.amin(), x.amax()
+    else:
+        low, high = x.amin(dim=1, keepdim=True), x.amax(dim=1, keepdim=True)
+    low, high = low.clamp_max(0), high.clamp_min(0)
+    for step in range(1, CANDIDATES + 1):
+        yield range_to_uniform(low * step / CANDIDATES, high * step / CANDIDATES, quantizer.n_bits)
+
+
+def _best(found: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """For each channel the scale and zero-point of least error; of equals the first."""
+    best = torch.stack([error for error, _, _ in found]).argmin(dim=0)
+    every = torch.arange(len(best), device=best.device)
+    scales, zero_points = (torch.stack([item[part].reshape(-1) for item in found]) for part in (1, 2))
+    return scales[best, every], zero_points[best, every]
+
+
+def _rows(capture: Capture) -> tuple[Tensor, Tensor]:
+    """At most ROWS rows of what a layer reads and puts out."""
+    x, y = capture.inputs[0], capture.output
+    if isinstance(x, Tensor) and isinstance(y, Tensor) and (x.ndim > 2 or y.ndim > 2):
+        x, y = as_rows(capture.layer, (x, y))
+    chosen = _spaced(len(x), ROWS)
+    return x[chosen], y[chosen]
+
+
+def _matrices(table: Table) -> Tensor:
+    """At most MATRICES matrices of a product's operand."""
+    flat = table if isinstance(table, FileTensor) else table.flatten(0, -3)
+    return flat[_spaced(len(flat), MATRICES)]
+
+
+def _spaced(count: int, most: int) -> Tensor:
+    return torch.arange(0, count, -(-count // most))
