@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import nn
 
-from iasvit.blockwise import BlockReconstruction, Loss, PerturbationHessian
+from iasvit.blockwise import BlockReconstruction, Loss, PerturbationHessian, Teacher, mlp_weights
 from iasvit.calibration import ActivationStore
 from iasvit.progress import Progress
 
@@ -16,8 +16,8 @@ from iasvit.progress import Progress
 class APHQViT(BlockReconstruction):
     """APHQ-ViT (arXiv:2504.02508): as `qdrop`, with the loss of `iasvit.blockwise.PerturbationHessian`.
 
-    Before, with `relu`, GELU gives way to ReLU and each MLP is reconstructed in full precision, which makes the network
-    another function.
+    Before, with `relu`, GELU gives way to ReLU and each MLP is reconstructed in full precision, its error weighted by
+    the same Hessian, which makes the network another function.
 
     Options: see `BlockReconstruction`.
         relu: whether GELU is replaced.
@@ -26,6 +26,8 @@ class APHQViT(BlockReconstruction):
     relu: bool = True
 
     name: ClassVar[str] = "aphq_vit"
+    reference: ClassVar[str] = "arXiv:2504.02508"
+    published: ClassVar[str] = "W3A3, W4A4 and W6A6 on ViT, DeiT and Swin"
 
     def loss(self) -> Loss:
         """See `BlockReconstruction`."""
@@ -33,4 +35,8 @@ class APHQViT(BlockReconstruction):
 
     def transform(self, model: nn.Module, images: ActivationStore, progress: Progress) -> nn.Module:
         """See `BlockReconstruction`."""
-        return self.relu_model(model, images, progress) if self.relu else model
+        if not self.relu:
+            return model
+        with progress.phase("calibration"):
+            weights = mlp_weights(Teacher(model, images, self.name, self.compile), images, self.seed)
+        return self.relu_model(model, images, progress, weights)

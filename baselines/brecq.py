@@ -23,6 +23,8 @@ class BRECQ(BlockReconstruction):
     drop: Annotated[float, Range(0, 1)] = 0.0
 
     name: ClassVar[str] = "brecq"
+    reference: ClassVar[str] = "arXiv:2102.05426"
+    published: ClassVar[str] = "W4A4 and W6A6 on ViT, DeiT and Swin, by authors of later methods"
 
     def loss(self) -> Loss:
         """See `BlockReconstruction`."""

@@ -22,6 +22,8 @@ class FIMAQ(BlockReconstruction):
     rank: Annotated[int, Range(1, 64)] = 5
 
     name: ClassVar[str] = "fima_q"
+    reference: ClassVar[str] = "arXiv:2506.11543"
+    published: ClassVar[str] = "W3A3, W4A4 and W6A6 on ViT, DeiT and Swin"
 
     def loss(self) -> Loss:
         """See `BlockReconstruction`."""

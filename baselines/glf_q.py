@@ -32,6 +32,8 @@ class GLFQ(BlockReconstruction):
     relu: bool = True
 
     name: ClassVar[str] = "glf_q"
+    reference: ClassVar[str] = "preprint of 2026"
+    published: ClassVar[str] = "W3A3 and W4A4 on ViT, DeiT and Swin"
     recipes: ClassVar[dict[str, BlockRecipe]] = {
         "paper": BlockRecipe(3000, 2e-5, 2e-4),
         "fast": BlockRecipe(300, 2e-4, 2e-3, 500, 4e-4),

@@ -16,6 +16,8 @@ class LSViT(BlockReconstruction):
     """
 
     name: ClassVar[str] = "ls_vit"
+    reference: ClassVar[str] = "CVPR 2026"
+    published: ClassVar[str] = "W3A3, W4A4 and W6A6 on ViT, DeiT and Swin"
 
     def loss(self) -> Loss:
         """See `BlockReconstruction`."""

@@ -21,3 +21,5 @@ class QDrop(BlockReconstruction):
     """
 
     name: ClassVar[str] = "qdrop"
+    reference: ClassVar[str] = "arXiv:2203.05740"
+    published: ClassVar[str] = "W3A3, W4A4 and W6A6 on ViT, DeiT and Swin, by authors of later methods"

@@ -16,6 +16,7 @@ from iasvit.blockwise.losses import (
     LowRankFisher,
     MeanSquare,
     PerturbationHessian,
+    mlp_weights,
 )
 from iasvit.blockwise.method import ROUNDING_RECIPES, BlockRecipe, BlockReconstruction
 from iasvit.blockwise.parts import AdaRound, Dropped, LearntScale, learning
@@ -40,5 +41,6 @@ __all__ = [
     "Settings",
     "Teacher",
     "learning",
+    "mlp_weights",
     "reconstruct",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -156,20 +156,8 @@ class PerturbationHessian(Loss):
 
     def begin(self, block: Block) -> None:
         """See `Loss`."""
-        generator = torch.Generator().manual_seed(block.seed)
-        total: Tensor | None = None
-        for images, given in block.batches():
-            z = tensors(given)[0]
-            signs = torch.randint(0, 2, z.shape, generator=generator).to(z) * 2 - 1
-            delta = signs * (self.step * z.square().mean().sqrt())
-            up, down = (
-                block.teacher.divergence_gradient(
-                    block.job.index, block.with_others(z + side * delta, given), images, self.temperature
-                )
-                for side in (1, -1)
-            )
-            change = (up - down).abs().sum(dim=0, keepdim=True)
-            total = change if total is None else total + change
+        batches = block.batches()
+        total = perturbed(block.teacher, block.job.index, batches, self.step, self.temperature, block.seed)
         _check_finite(total, block)
         self.weight = total / total.mean().clamp_min(torch.finfo(torch.float32).tiny)
         self.unit = torch.ones((), device=self.weight.device)
@@ -184,6 +172,59 @@ class PerturbationHessian(Loss):
     def __call__(self, output: Tensor, target: Tensor, images: Tensor) -> Tensor:
         """See `Loss`."""
         return self._error(output, target) / self.unit
+
+
+def perturbed(
+    teacher: Teacher,
+    index: int,
+    batches: Iterable[tuple[range, Activation]],
+    step: float = 1e-2,
+    temperature: float = 20.0,
+    seed: int = 0,
+) -> Tensor:
+    """Σ over images of |g(z + δ) - g(z - δ)| at the outputs z of a segment, (1, ...); see `PerturbationHessian`.
+
+    Args:
+        teacher: the full-precision model.
+        index: of the segment.
+        batches: (images, what the segment puts out for them).
+        step: root mean square of δ over that of z.
+        temperature: of the divergence.
+        seed: of the signs.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    total = torch.zeros(())
+    for images, given in batches:
+        z, *others = tensors(given)
+        signs = torch.randint(0, 2, z.shape, generator=generator).to(z) * 2 - 1
+        delta = signs * (step * z.square().mean().sqrt())
+        up, down = (
+            teacher.divergence_gradient(
+                index,
+                (z + side * delta, *others) if isinstance(given, tuple) else z + side * delta,
+                images,
+                temperature,
+            )
+            for side in (1, -1)
+        )
+        total = total.to(z) + (up - down).abs().sum(dim=0, keepdim=True)
+    return total
+
+
+def mlp_weights(teacher: Teacher, images: ActivationStore, seed: int) -> dict[str, Tensor]:
+    """Segment's name → the perturbation Hessian of its output, of root mean square 1, for `relu_mlps`.
+
+    That of an MLP's output is the same where nothing stands between it and the residual stream.
+    """
+    result: dict[str, Tensor] = {}
+    store: Store = images
+    for index, segment in enumerate(teacher.chain[:-1]):
+        store = store.map(segment.run, 64, segment.name)
+        if any(hasattr(module, "mlp") for _, module in segment.modules):
+            batches = ((some, store.gather(some)) for some in store.ranges(store.leading.passes(16)))
+            weight = perturbed(teacher, index, batches, seed=seed)
+            result[segment.name] = weight / weight.square().mean().sqrt().clamp_min(torch.finfo(torch.float32).tiny)
+    return result
 
 
 class LowRankFisher(Loss):

@@ -100,6 +100,8 @@ class BlockReconstruction:
     memory_budget: MemoryBudget = None
 
     name: ClassVar[str]
+    version: ClassVar[int] = 1
+    changelog: ClassVar[dict[int, str]] = {}
     recipes: ClassVar[dict[str, BlockRecipe]] = ROUNDING_RECIPES
     adaround: ClassVar[bool] = True  # learn the rounding; else the weights
     suffixes: ClassVar[bool] = False  # whether each step runs the rest of the network too
@@ -140,11 +142,17 @@ class BlockReconstruction:
         """The network that is quantized in the model's place; the model itself unless a subclass changes it."""
         return model
 
-    def relu_model(self, model: nn.Module, images: ActivationStore, progress: Progress) -> nn.Module:
-        """The network with ReLU MLPs, for `transform`."""
+    def relu_model(
+        self,
+        model: nn.Module,
+        images: ActivationStore,
+        progress: Progress,
+        weights: dict[str, Tensor] | None = None,
+    ) -> nn.Module:
+        """The network with ReLU MLPs, for `transform`; see `relu_transformed`."""
         recipe = self.recipes[self.recipe]
-        options = {"iterations": recipe.relu_iterations, "lr": recipe.relu_lr, "seed": self.seed}
-        return relu_transformed(model, images, progress, **options)
+        iterations, lr = recipe.relu_iterations, recipe.relu_lr
+        return relu_transformed(model, images, progress, iterations=iterations, lr=lr, seed=self.seed, weights=weights)
 
     def quantize(self, model: nn.Module, calibration: Calibration, spec: QuantSpec, progress: Progress) -> nn.Module:
         """See `iasvit.methods.Method`."""

@@ -117,7 +117,7 @@ class Teacher:
             with torch.no_grad():
                 for segment in self.chain:
                     x = segment.run(x)
-            self._has_logits = isinstance(x, Tensor) and x.ndim == 2
+            self._has_logits = self.chain[-1].reconstruct and isinstance(x, Tensor) and x.ndim == 2
         return self._answers is not None or bool(self._has_logits)
 
     def last(self, x: Activation) -> tuple[Tensor, Tensor]:

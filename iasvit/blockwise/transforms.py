@@ -6,7 +6,7 @@ import importlib
 from contextlib import suppress
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from iasvit.calibration import ActivationStore
 from iasvit.errors import IasvitError
@@ -29,9 +29,15 @@ def rotated(model: nn.Module, seed: int) -> nn.Module:
 
 
 def relu_transformed(
-    model: nn.Module, images: ActivationStore, progress: Progress, *, iterations: int, lr: float, seed: int
+    model: nn.Module,
+    images: ActivationStore,
+    progress: Progress,
+    *,
+    iterations: int,
+    lr: float,
+    seed: int,
+    weights: dict[str, Tensor] | None = None,
 ) -> nn.Module:
-    """A copy with ReLU MLPs, reconstructed in full precision."""
-    return _transforms().relu_mlps(
-        model, images, iterations=iterations, lr=lr, batch_size=32, seed=seed, clamp_percentile=0.99, progress=progress
-    )
+    """A copy with ReLU MLPs, reconstructed in full precision; `weights` of their outputs' errors by block's name."""
+    options = {"iterations": iterations, "lr": lr, "seed": seed, "weights": weights, "progress": progress}
+    return _transforms().relu_mlps(model, images, batch_size=32, clamp_percentile=0.99, **options)
