@@ -14,9 +14,8 @@ from iasvit.blockwise.steps import Group, minimise
 from iasvit.blockwise.teacher import Teacher, caller
 from iasvit.calibration import tensors
 from iasvit.models import Activation, Segment
-from iasvit.nn import QuantLayer
+from iasvit.nn import QuantLayer, QuantMatMul
 from iasvit.progress import fingerprint
-from iasvit.quantizers import Quantizer
 from iasvit.reconstruction import SegmentJob
 
 REGULARISER = 0.01  # weight of AdaRound's, as published
@@ -78,12 +77,12 @@ def groups_of(settings: Settings, parts: Sequence[tuple[Segment, Learnt]]) -> li
 
 
 def _others(segment: Segment) -> list[nn.Parameter]:
-    """A segment's parameters that are of no quantized layer."""
+    """A segment's parameters that are of no quantized layer or product."""
     own = {
         parameter
         for _, root in segment.modules
         for module in root.modules()
-        if isinstance(module, QuantLayer)
+        if isinstance(module, QuantLayer | QuantMatMul)
         for parameter in module.parameters()
     }
     return [p for _, root in segment.modules for p in root.parameters() if p not in own and p.is_floating_point()]
@@ -181,6 +180,3 @@ def rounding_error(learnt: Learnt, step: Tensor, iterations: int) -> Tensor | fl
     beta = BETA[0] + (BETA[1] - BETA[0]) * done
     total = torch.stack([rounding.regulariser(beta) for rounding in learnt.roundings.values()]).sum()
     return REGULARISER * (step >= start) * total
-
-
-__all__ = ["Quantizer", "Settings", "groups_of", "inputs_of", "reconstruct", "rounding_error", "seed_of"]

@@ -1,0 +1,205 @@
+"""The methods of block reconstruction from end to end on tiny models."""
+
+from __future__ import annotations
+
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
+import pytest
+import torch
+from baselines_tiny import FAMILIES, tiny_images, tiny_model
+from tiny_models import same_bits
+from torch import Tensor, nn
+
+import iasvit
+from baselines.aphq_vit import APHQViT
+from baselines.brecq import BRECQ
+from baselines.fima_q import FIMAQ
+from baselines.glf_q import GLFQ
+from baselines.ls_vit import LSViT
+from baselines.qdrop import QDrop
+from iasvit import methods
+from iasvit.blend import Blend
+from iasvit.blockwise import Loss, Teacher
+from iasvit.blockwise.joint import Augmentation
+from iasvit.errors import IasvitError
+from iasvit.nn import quant_layers, quantizers_of
+from iasvit.progress import Progress
+from iasvit.quantizers import UniformQuantizer
+
+METHODS = {cls.name: cls for cls in (QDrop, BRECQ, FIMAQ, LSViT, APHQViT, GLFQ, Blend)}
+SMALL = {
+    "aphq_vit": {"relu": False},
+    "glf_q": {"relu": False, "rotation": False},
+    "blend": {"joint_iterations": 2, "joint_batch_size": 4},
+}
+every_method = pytest.mark.parametrize("name", METHODS)
+
+
+@pytest.fixture(autouse=True)
+def _registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The methods of this source tree, whatever is installed."""
+    entries = {
+        name: EntryPoint(name, f"{cls.__module__}:{cls.__name__}", methods.GROUP) for name, cls in METHODS.items()
+    }
+    monkeypatch.setattr(methods, "_entries", lambda: entries)
+
+
+def quantize(model: nn.Module, images: Tensor, name: str, spec: str = "W3A3", **options: object) -> nn.Module:
+    small = {"iterations": 2, "batch_size": 4, "init_size": 4, "initialisation": "observed", "recipe": "fast"}
+    return iasvit.quantize(model, images, spec, name, **{**small, **SMALL.get(name, {}), **options})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@every_method
+def test_codes_fit_files_load_and_a_seed_gives_one_model(name: str, family: str, tmp_path: Path) -> None:
+    model = tiny_model(family)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    images = tiny_images(model, 6)
+    quantized = quantize(model, images, name)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+    for path, layer in quant_layers(quantized):
+        assert not layer.weight.requires_grad, path
+        assert layer.weight_quantizer.encode(layer.weight).max() < 8
+        assert torch.equal(layer.weight_quantizer(layer.weight), layer.weight)
+    seen = set()
+
+    def check(quantizer: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
+        codes = quantizer.encode(args[0])
+        assert codes.max() < 8
+        assert torch.equal(output, quantizer.decode(codes))
+        seen.add(quantizer)
+
+    quantizers = [quantizer for _, quantizer in quantizers_of(quantized, weights=False)]
+    for quantizer in quantizers:
+        quantizer.register_forward_hook(check)
+        if isinstance(quantizer, UniformQuantizer):
+            assert quantizer.scale.ndim == 0
+            assert quantizer.zero_point.dtype == torch.int32
+    test = tiny_images(model, 3, seed=2)
+    expected = quantized(test)
+    assert seen == set(quantizers)
+
+    iasvit.save(quantized, tmp_path / "model.safetensors")
+    assert torch.equal(iasvit.load(tmp_path / "model.safetensors")(test), expected)
+    if family == "vit":
+        assert same_bits(quantized.state_dict(), quantize(model, images, name).state_dict())
+        assert not same_bits(quantized.state_dict(), quantize(model, images, name, seed=1).state_dict())
+
+
+@every_method
+def test_learning_lowers_the_error(name: str) -> None:
+    model = tiny_model("vit")
+    images = tiny_images(model, 16)
+    full = model(images)
+    options = {"lr": 1e-2 if name in ("glf_q", "blend") else 0.1, "scale_lr": 1e-2, "joint_lr": 5e-3}
+    known = methods.method_options(name)
+
+    def error(**run: object) -> float:
+        quantized = quantize(model, images, name, **{key: value for key, value in run.items() if key in known})
+        return (quantized(images) - full).square().mean().item()
+
+    before = error(iterations=0, joint_iterations=0)
+    after = error(iterations=25, joint_iterations=10, batch_size=8, joint_batch_size=8, **options)
+    assert after < 0.95 * before
+
+
+@pytest.mark.parametrize("initialisation", ["propagated", "observed", "searched"])
+def test_every_initialisation_is_per_tensor_and_different(initialisation: str) -> None:
+    model = tiny_model("vit")
+    images = tiny_images(model, 6)
+    quantized = quantize(model, images, "qdrop", iterations=0, initialisation=initialisation)
+    assert all(q.scale.ndim == 0 for _, q in quantizers_of(quantized, weights=False))
+    other = quantize(model, images, "qdrop", iterations=0, initialisation="observed")
+    assert same_bits(quantized.state_dict(), other.state_dict()) == (initialisation == "observed")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rounding": "adaround", "drop": 0.5},
+        {"block_loss": "suffix", "suffix_logits": 1.0},
+        {"block_loss": "fisher", "norm_lr": 1e-3},
+        {"block_loss": "low_rank", "biases": False, "weight_scale_lr": 0},
+        {"smooth_iterations": 2, "softmax": "adalog"},
+        {"mix": 0.5, "crop": 0.5, "joint_features": 0},
+    ],
+)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_blends_options_combine(options: dict[str, object], family: str) -> None:
+    model = tiny_model(family)
+    quantized = quantize(model, tiny_images(model, 5), "blend", **options)
+    assert torch.isfinite(quantized(tiny_images(model, 2, seed=3))).all()
+
+
+def test_a_run_goes_on_from_its_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("vit")
+    images = tiny_images(model, 6)
+    expected = quantize(model, images, "qdrop")
+    method = methods.get_method(
+        "qdrop", iterations=2, batch_size=4, init_size=4, initialisation="observed", recipe="fast"
+    )
+    begin, begun = Loss.begin, []
+
+    def stopping(self: Loss, block: object) -> None:
+        begun.append(block.job.index)
+        if len(begun) == 2:
+            raise KeyboardInterrupt
+        begin(self, block)
+
+    monkeypatch.setattr(Loss, "begin", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        iasvit.quantize(model, images, "W3A3", method, progress=Progress(checkpoint=tmp_path))
+    resumed = iasvit.quantize(model, images, "W3A3", method, progress=Progress(checkpoint=tmp_path))
+    assert begun[0] not in begun[1:]
+    assert same_bits(resumed.state_dict(), expected.state_dict())
+
+
+def test_a_method_that_reads_logits_says_that_it_cannot_have_them() -> None:
+    model = tiny_model("vit")
+    model.global_pool = ""
+    with pytest.raises(IasvitError, match="fima_q reads the model's logits"):
+        quantize(model, tiny_images(model, 2), "fima_q")
+
+
+def test_without_transforms_a_method_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    from iasvit.blockwise import transforms
+
+    def missing(name: str) -> None:
+        raise ImportError(name)
+
+    monkeypatch.setattr(transforms.importlib, "import_module", missing)
+    model = tiny_model("vit")
+    with pytest.raises(IasvitError, match="rotation=false"):
+        quantize(model, tiny_images(model, 2), "glf_q", rotation=True)
+
+
+def test_images_are_changed_alike_by_a_seed_and_stay_images() -> None:
+    x = tiny_images(tiny_model("vit"), 6)
+    assert torch.equal(Augmentation()(x), x)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        changed = Augmentation(crop=0.5, flip=True, mix=0.5)(x)
+        torch.manual_seed(0)
+        assert torch.equal(Augmentation(crop=0.5, flip=True, mix=0.5)(x), changed)
+    assert changed.shape == x.shape
+    assert changed.abs().max() <= x.abs().max() + 1e-5
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        flipped = Augmentation(flip=True)(x)
+    kept = [torch.allclose(a, b, atol=1e-4) for a, b in zip(flipped, x, strict=True)]
+    mirrored = [torch.allclose(a, b.flip(-1), atol=1e-4) for a, b in zip(flipped, x, strict=True)]
+    assert all(a != b for a, b in zip(kept, mirrored, strict=True))
+    assert any(mirrored)
+
+
+def test_the_teacher_answers_as_the_model_does() -> None:
+    from iasvit.calibration import calibration_store
+
+    model = tiny_model("vit")
+    images = tiny_images(model, 5)
+    teacher = Teacher(model, calibration_store(images, torch.device("cpu")), "test")
+    logits, features = teacher.answers()
+    assert torch.allclose(logits, model(images), atol=1e-6)
+    assert torch.allclose(model.head(features), logits, atol=1e-6)
