@@ -101,7 +101,7 @@ def attend(between: nn.Module, given: tuple[Any, ...], count: int, *arguments: A
     whole = not query.is_cpu or query.requires_grad or rows >= len(query) or torch.compiler.is_compiling()
     if whole or any(map(_watched, modules)):
         return between(*arguments)
-    query, key, value = first.left_quantizer(query), first.quantized_right(key), second.quantized_right(value)
+    query, key, value = first.left_quantizer(query), first.right_quantizer(key), second.right_quantizer(value)
 
     def product(left: Tensor, right: Tensor) -> Tensor:
         return second.left_quantizer(left) @ right

@@ -79,7 +79,8 @@ class AdaLogQuantizer(Quantizer):
 
     def _values(self, codes: Tensor) -> Tensor:
         table = self._values_with(torch.arange(self.n_levels, device=codes.device), self.scale, self.exponent)
-        return table[codes.to(torch.int64)]
+        table = torch.nn.functional.pad(table, (0, 1), value=torch.nan)  # NaN stays NaN
+        return table[codes.nan_to_num(self.n_levels).to(torch.int64)]
 
     def _ste(self, x: Tensor, values: Tensor) -> Tensor:
         # As log2: x̂ / x with the rounding passed through; 0 where x is clamped and where x̂ = 0.
