@@ -20,7 +20,7 @@ from iasvit.methods import Calibration
 from iasvit.models import Activation, Segment, segments
 from iasvit.progress import Progress
 from iasvit.quantizers import Quantizer
-from iasvit.replay import Replayed
+from iasvit.replay import Replayed, side_stream
 
 
 @dataclass(frozen=True)
@@ -210,12 +210,6 @@ def optimize(
     return float(step.loss)
 
 
-@cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """The stream that steps are captured on: one for all, as each that runs a product keeps its workspaces, 64 MiB."""
-    return torch.cuda.Stream(device)
-
-
 class _Step:
     """One optimization step. On CUDA the third and later ones replay a graph of it: one launch in place of hundreds.
 
@@ -247,7 +241,7 @@ class _Step:
         self.summed = SummedGradients(parameters) if distributed.world_size() > 1 else None
         self.graphs: list[Replayed] = []
         if on_gpu and inputs.resident and self.targets.resident:
-            self.graphs = [Replayed(self.EAGER, _side_stream(device)) for _ in range(2 if self.summed else 1)]
+            self.graphs = [Replayed(self.EAGER, side_stream(device)) for _ in range(2 if self.summed else 1)]
 
     def __call__(self, indices: Tensor, lr: float) -> None:
         self.indices.copy_(indices[distributed.own()])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 
@@ -38,3 +39,9 @@ class Replayed:
                     function()
             self.graph.replay()
         self.count += 1
+
+
+@cache
+def side_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream that steps are captured on: one for all, as each that runs a product keeps its workspaces, 64 MiB."""
+    return torch.cuda.Stream(device)

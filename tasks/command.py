@@ -21,7 +21,7 @@ from iasvit.benchmark.results import ResultStore
 from iasvit.benchmark.task import EMBEDDED, Task
 from iasvit.errors import IasvitError, reason, shown
 from iasvit.leaderboard.aggregate import table
-from iasvit.methods import get_method, list_methods, method_options, parse_value
+from iasvit.methods import get_method, list_methods, load_method_class, method_options, parse_value, split_variant
 from iasvit.models import Site, insert_quantizers
 from iasvit.quantizers import UniformQuantizer
 from iasvit.sos import RECIPES
@@ -92,6 +92,7 @@ class Profile:
         lr: of reconstruction.
         fast_lr: the same with --recipe fast, which takes a fifth of the iterations.
         init_size: of the calibration images, those that quantizers are initialised on; None leaves it to the method.
+        recipe: of methods that have recipes of their own, which then have the numbers that are not said here.
     """
 
     models: tuple[str, ...] = ()
@@ -102,9 +103,15 @@ class Profile:
     lr: float = 4e-5
     fast_lr: float = 4e-4
     init_size: int | None = None
+    recipe: str = "paper"
 
-    def options(self, spec: QuantSpec) -> dict[str, Any]:
-        """Options for the methods that take them, at these bits."""
+    def options(self, spec: QuantSpec, method: str) -> dict[str, Any]:
+        """Options for a method, of which it takes those that it has, at these bits."""
+        recipes = getattr(load_method_class(split_variant(method)[0]), "recipes", {})
+        if self.recipe in recipes:
+            own = {"recipe": self.recipe, "iterations": recipes[self.recipe].iterations}
+            # Where images are large or differ in size, batches are what they allow.
+            return own | ({"batch_size": self.batch_size, "init_size": self.init_size} if self.init_size else {})
         low = min(spec.w_bits, spec.a_bits) < 6
         iterations = self.iterations if low else self.iterations_6_bits
         options = {"iterations": iterations, "batch_size": self.batch_size, "lr": self.lr, "init_size": self.init_size}
@@ -121,7 +128,7 @@ class Profile:
         if recipe == "paper":
             return self
         iterations = self.iterations // 5, self.iterations_6_bits // 5
-        return replace(self, iterations=iterations[0], iterations_6_bits=iterations[1], lr=self.fast_lr)
+        return replace(self, iterations=iterations[0], iterations_6_bits=iterations[1], lr=self.fast_lr, recipe="fast")
 
 
 def profile_option(text: str, name: str, mini: Profile, real: Profile) -> Any:
@@ -186,7 +193,7 @@ def make_cells(
     for name in names:
         for spec in specs:
             for method in methods:
-                options = {k: v for k, v in {**profile.options(spec), **given}.items() if k in takes[method]}
+                options = {k: v for k, v in {**profile.options(spec, method), **given}.items() if k in takes[method]}
                 made = get_method(method, **options)  # says what is wrong with a value before anything runs
                 options = {option: getattr(made, option, value) for option, value in options.items()}
                 for seed in seeds:

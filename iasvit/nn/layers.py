@@ -64,6 +64,8 @@ class _QuantWeight:
     def _quantized_weight(self) -> Tensor:
         """The values of the weight's codes. Where no gradient is wanted they are computed once, and after a change."""
         weight, quantizer = self.weight, self.weight_quantizer
+        if not isinstance(quantizer, Quantizer):  # what stands in its place while something of it is learnt
+            return quantizer(weight)
         sources = (weight, *quantizer.buffers())
         learning = torch.is_grad_enabled() and weight.requires_grad
         no_version = any(source.is_inference() for source in sources)

@@ -27,7 +27,9 @@ from tasks.command import Profile
 DATA_ROOT = "IASVIT_IMAGENET"
 
 PAPER = Profile(("deit_s",), calib_size=1024, batch_size=64, iterations=1000, iterations_6_bits=200, lr=4e-5)
-MINI = Profile(("deit_t", "swin_t"), 256, batch_size=16, iterations=200, iterations_6_bits=200, lr=1e-3, fast_lr=1e-3)
+MINI = Profile(
+    ("deit_t", "swin_t"), 256, 16, iterations=200, iterations_6_bits=200, lr=1e-3, fast_lr=1e-3, recipe="mini"
+)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,52 @@
+"""GLF-Q: weights and scales learnt by straight-through estimation, the features behind the block compared too."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+from torch import nn
+
+from iasvit.blockwise import BlockRecipe, BlockReconstruction, FrozenSuffix, Loss, MeanSquare
+from iasvit.blockwise.transforms import rotated
+from iasvit.calibration import ActivationStore
+from iasvit.options import Range
+from iasvit.progress import Progress
+
+
+@dataclass
+class GLFQ(BlockReconstruction):
+    """GLF-Q (preprint of 2026; no public code): rotations, ReLU MLPs, and a loss through the frozen suffix.
+
+    The weights themselves and the activation scales are learnt by straight-through estimation, 3000 steps a block from
+    2e-5 and 2e-4. Loss: the error of the features (what the head reads) after the frozen full-precision rest of the
+    network, and twice the block's own, each over its first value.
+
+    Options: see `BlockReconstruction`.
+        rotation: rotate the residual stream (where LayerNorm can become RMSNorm) and the heads.
+        relu: replace GELU by ReLU and reconstruct each MLP; the network is another function then.
+    """
+
+    drop: Annotated[float, Range(0, 1)] = 0.0
+    rotation: bool = True
+    relu: bool = True
+
+    name: ClassVar[str] = "glf_q"
+    recipes: ClassVar[dict[str, BlockRecipe]] = {
+        "paper": BlockRecipe(3000, 2e-5, 2e-4),
+        "fast": BlockRecipe(300, 2e-4, 2e-3, 500, 4e-4),
+        "mini": BlockRecipe(200, 1e-3, 2e-3, 300, 1e-3),
+    }
+    adaround: ClassVar[bool] = False
+    suffixes: ClassVar[bool] = True
+    head_divergence: ClassVar[bool] = False
+
+    def loss(self) -> Loss:
+        """See `BlockReconstruction`."""
+        return FrozenSuffix(features=1.0, local=2.0, inner=MeanSquare())
+
+    def transform(self, model: nn.Module, images: ActivationStore, progress: Progress) -> nn.Module:
+        """See `BlockReconstruction`."""
+        if self.rotation:
+            model = rotated(model, self.seed)
+        return self.relu_model(model, images, progress) if self.relu else model

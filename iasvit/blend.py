@@ -1,0 +1,178 @@
+"""This suite's own method: the best of what the others have, block by block and then all blocks at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Annotated, ClassVar
+
+from torch import nn
+
+from iasvit.blockwise import (
+    BlockRecipe,
+    BlockReconstruction,
+    Fisher,
+    FrozenSuffix,
+    LeastSquaresHessian,
+    Loss,
+    LowRankFisher,
+    MeanSquare,
+    PerturbationHessian,
+)
+from iasvit.blockwise.core import Settings
+from iasvit.blockwise.initialise import INITIALISATIONS
+from iasvit.blockwise.joint import Augmentation, Weights, learn_jointly
+from iasvit.blockwise.teacher import Teacher
+from iasvit.blockwise.transforms import rotated
+from iasvit.calibration import ActivationStore
+from iasvit.options import OneOf, Range
+from iasvit.progress import Progress
+from iasvit.quantizers import SOFTMAX_QUANTIZERS
+
+LOSSES: dict[str, Callable[[], Loss]] = {
+    "mse": Loss,
+    "fisher": Fisher,
+    "perturbation": PerturbationHessian,
+    "low_rank": LowRankFisher,
+    "least_squares": LeastSquaresHessian,
+    "suffix": MeanSquare,  # and what FrozenSuffix adds
+}
+
+
+@dataclass
+class Blend(BlockReconstruction):
+    """Weights and scales learnt by straight-through estimation, first block by block, then in all blocks at once.
+
+    1. One pass of the quantized model sets the activation quantizers (I&S-ViT's code), the post-softmax one a searched
+       log2; LayerNorm→Linear pairs are folded to one scale a tensor; weights get the range of least error.
+    2. Block by block, on inputs of the quantized prefix: weights, biases and all quantizers' scales (zero-points stay).
+    3. All blocks at once: answers, features and blocks' outputs against the full-precision model's, on images that are
+       cropped, mirrored and mixed at random.
+
+    Options, besides those of `BlockReconstruction`; rates of scales are of multiples of the first scale:
+        rounding: "straight" learns the weights, "adaround" only their rounding (no step 3 then).
+        block_loss: what blocks are compared by, a name in `LOSSES`.
+        suffix_features, suffix_logits, suffix_local: weights in the loss "suffix".
+        weight_scale_lr: of the weights' scales; 0 leaves them.
+        biases: learn the biases too, at `lr`.
+        norm_lr: of LayerNorms and LayerScales; 0 leaves them.
+        smooth_iterations: steps of a block before its weights are quantized (I&S-ViT's stage 1).
+        rotation: rotate the residual stream and the heads before.
+        relu: ReLU for GELU before; the network is another function then.
+        joint_iterations: steps of all blocks at once.
+        joint_batch_size, joint_lr, joint_scale_lr: of these; the scale's rate for activations, as for weights.
+        joint_logits, joint_features, joint_local: weights of what is compared.
+        crop: least side of a random crop, as a part of the image's; 1 for none.
+        flip: mirror half of the images.
+        mix: part of the images that are mixed with another.
+    """
+
+    iterations: Annotated[int | None, Range(0)] = None
+    drop: Annotated[float, Range(0, 1)] = 0.0
+    initialisation: Annotated[str, OneOf(tuple(INITIALISATIONS))] = "propagated"
+    init_size: Annotated[int, Range(1)] = 64
+    softmax: Annotated[str, OneOf(SOFTMAX_QUANTIZERS)] = "log2_searched"
+    rounding: Annotated[str, OneOf(("straight", "adaround"))] = "straight"
+    block_loss: Annotated[str, OneOf(tuple(LOSSES))] = "mse"
+    suffix_features: Annotated[float, Range(0)] = 1.0
+    suffix_logits: Annotated[float, Range(0)] = 0.0
+    suffix_local: Annotated[float, Range(0)] = 2.0
+    weight_scale_lr: Annotated[float, Range(0)] = 1e-3
+    biases: bool = True
+    norm_lr: Annotated[float, Range(0)] = 0.0
+    smooth_iterations: Annotated[int, Range(0)] = 0
+    rotation: bool = False
+    relu: bool = False
+    joint_iterations: Annotated[int | None, Range(0)] = None
+    joint_batch_size: Annotated[int, Range(1)] = 32
+    joint_lr: Annotated[float, Range(above=0)] = 5e-5
+    joint_scale_lr: Annotated[float, Range(0)] = 5e-4
+    joint_logits: Annotated[float, Range(0)] = 1.0
+    joint_features: Annotated[float, Range(0)] = 1.0
+    joint_local: Annotated[float, Range(0)] = 1.0
+    crop: Annotated[float, Range(above=0, most=1)] = 0.7
+    flip: bool = True
+    mix: Annotated[float, Range(0, 1)] = 0.0
+
+    name: ClassVar[str] = "blend"
+    recipes: ClassVar[dict[str, BlockRecipe]] = {
+        "paper": BlockRecipe(500, 2e-4, 2e-3, 2000, 4e-4),
+        "fast": BlockRecipe(100, 4e-4, 4e-3, 500, 4e-4),
+        "mini": BlockRecipe(100, 1e-3, 4e-3, 300, 1e-3),
+    }
+    joint_steps: ClassVar[dict[str, int]] = {"paper": 3000, "fast": 300, "mini": 200}
+
+    @property
+    def adaround(self) -> bool:  # type: ignore[override]
+        """Whether the rounding is learnt, not the weights."""
+        return self.rounding == "adaround"
+
+    def loss(self) -> Loss:
+        """See `BlockReconstruction`."""
+        inner = LOSSES[self.block_loss]()
+        if self.block_loss != "suffix":
+            return inner
+        return FrozenSuffix(self.suffix_features, self.suffix_local, self.suffix_logits, inner)
+
+    def settings(self) -> Settings:
+        """See `BlockReconstruction`."""
+        settings = super().settings()
+        straight = not self.adaround
+        return replace(
+            settings,
+            relative=True,
+            weight_scale_lr=self.weight_scale_lr if straight else 0.0,
+            bias_lr=settings.lr if self.biases and straight else 0.0,
+            norm_lr=self.norm_lr,
+        )
+
+    def smooth_settings(self, settings: Settings) -> Settings | None:
+        """See `BlockReconstruction`."""
+        if not self.smooth_iterations:
+            return None
+        lr = self.recipes[self.recipe].lr
+        return replace(
+            settings,
+            iterations=self.smooth_iterations,
+            adaround=False,
+            lr=lr,
+            bias_lr=lr,
+            scale_lr=0.0,
+            weight_scale_lr=0.0,
+            drop=0.0,
+            full_inputs=True,
+        )
+
+    def joint_settings(self) -> Settings:
+        """How all blocks are learnt at once."""
+        settings = self.settings()
+        steps = self.joint_steps[self.recipe] if self.joint_iterations is None else self.joint_iterations
+        return replace(
+            settings,
+            iterations=0 if self.adaround else steps,
+            batch_size=self.joint_batch_size,
+            adaround=False,
+            lr=self.joint_lr,
+            bias_lr=self.joint_lr if self.biases else 0.0,
+            scale_lr=self.joint_scale_lr,
+            weight_scale_lr=self.joint_scale_lr if self.weight_scale_lr else 0.0,
+            norm_lr=self.joint_lr if self.norm_lr else 0.0,
+        )
+
+    def forwards(self, calib_size: int) -> float:
+        """See `iasvit.methods.Method`."""
+        joint = self.joint_settings()
+        return super().forwards(calib_size) + 5.0 * joint.iterations * joint.batch_size
+
+    def transform(self, model: nn.Module, images: ActivationStore, progress: Progress) -> nn.Module:
+        """See `BlockReconstruction`."""
+        if self.rotation:
+            model = rotated(model, self.seed)
+        return self.relu_model(model, images, progress) if self.relu else model
+
+    def finish(self, quantized: nn.Module, teacher: Teacher, settings: Settings, progress: Progress) -> None:
+        """See `BlockReconstruction`."""
+        weights = Weights(self.joint_logits, self.joint_features, self.joint_local)
+        augmentation = Augmentation(self.crop, self.flip, self.mix)
+        joint = self.joint_settings()
+        learn_jointly(quantized, teacher, teacher.images, joint, weights, augmentation, progress, self.seed)

@@ -1,0 +1,212 @@
+"""What the methods have in common that learn a network block by block and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated, ClassVar
+
+from torch import Tensor, nn
+
+from iasvit.blockwise.core import Settings, reconstruct
+from iasvit.blockwise.initialise import INITIALISATIONS, fold
+from iasvit.blockwise.losses import Loss
+from iasvit.blockwise.teacher import Teacher, frozen
+from iasvit.blockwise.transforms import relu_transformed
+from iasvit.calibration import (
+    ActivationStore,
+    calibrate_weights,
+    calibration_store,
+    forward_need,
+    images_share,
+    learning_need,
+    share_of,
+)
+from iasvit.methods import Calibration
+from iasvit.models import Site, prepare, segments
+from iasvit.nn import quant_layers
+from iasvit.options import MemoryBudget, OneOf, Range, check_fields
+from iasvit.progress import Progress
+from iasvit.quantizers import SOFTMAX_QUANTIZERS, WEIGHT_PERCENTILES, Quantizer, UniformQuantizer
+from iasvit.reconstruction import SegmentJob, share_code, stream
+from iasvit.spec import QuantSpec
+
+
+@dataclass(frozen=True)
+class BlockRecipe:
+    """What a run does unless told otherwise.
+
+    Attributes:
+        iterations: steps of a block.
+        lr: of the weights, or of their rounding.
+        scale_lr: of activation scales.
+        relu_iterations: steps of an MLP whose GELU has become a ReLU, where a method has that.
+        relu_lr: of these.
+    """
+
+    iterations: int
+    lr: float
+    scale_lr: float
+    relu_iterations: int = 20_000
+    relu_lr: float = 4e-5
+
+
+# AdaRound: the papers'; a fortieth of the steps at rates that reach as far; the same for the embedded mini models.
+ROUNDING_RECIPES = {
+    "paper": BlockRecipe(20_000, 1e-3, 4e-5),
+    "fast": BlockRecipe(500, 2e-2, 4e-4, 500, 4e-4),
+    "mini": BlockRecipe(300, 3e-2, 1e-3, 300, 1e-3),
+}
+
+
+@dataclass
+class BlockReconstruction:
+    """A method that sets all quantizers, then learns block after block in the order of the forward.
+
+    All quantizers are uniform unless `softmax` says otherwise: of weights per output channel, of activations per tensor
+    (per channel after LayerNorm until that is folded into the LayerNorm and its Linears, before anything is learnt). A
+    subclass chooses the loss, and what else makes it different.
+
+    Options:
+        recipe: what iterations and learning rates are where they are not given: "paper", "fast" or "mini", which is for
+            the embedded models.
+        iterations: steps of a block.
+        batch_size: images a step.
+        lr: Adam's learning rate of the rounding, constant, or of the weights, along a cosine to 0.
+        scale_lr: of activation scales, along a cosine to 0.
+        drop: probability of an element's staying in full precision while a block is learnt (QDrop).
+        initialisation: of quantizers, a name in `INITIALISATIONS`.
+        init_size: images that quantizers are initialised on.
+        softmax: the post-softmax quantizer, a name in `SOFTMAX_QUANTIZERS`.
+        seed: of what is drawn.
+        autocast: learn with products in bfloat16.
+        compile: learn with blocks that torch.compile has fused.
+        memory_budget: see `iasvit.options.MemoryBudget`.
+    """
+
+    recipe: Annotated[str, OneOf(("paper", "fast", "mini"))] = "paper"
+    iterations: Annotated[int | None, Range(0)] = None
+    batch_size: Annotated[int, Range(1)] = 32
+    lr: Annotated[float | None, Range(0)] = None
+    scale_lr: Annotated[float | None, Range(0)] = None
+    drop: Annotated[float, Range(0, 1)] = 0.5
+    initialisation: Annotated[str, OneOf(tuple(INITIALISATIONS))] = "observed"
+    init_size: Annotated[int, Range(1)] = 128
+    softmax: Annotated[str, OneOf(SOFTMAX_QUANTIZERS)] = "uniform"
+    seed: int = 0
+    autocast: bool = False
+    compile: bool = False
+    memory_budget: MemoryBudget = None
+
+    name: ClassVar[str]
+    recipes: ClassVar[dict[str, BlockRecipe]] = ROUNDING_RECIPES
+    adaround: ClassVar[bool] = True  # learn the rounding; else the weights
+    suffixes: ClassVar[bool] = False  # whether each step runs the rest of the network too
+    head_divergence: ClassVar[bool] = True  # whether a classifier's answers are compared by their divergence
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    def loss(self) -> Loss:
+        """What a block's outputs are compared by; one for each block."""
+        return Loss()
+
+    def settings(self) -> Settings:
+        """How a block is learnt."""
+        recipe = self.recipes[self.recipe]
+        return Settings(
+            iterations=recipe.iterations if self.iterations is None else self.iterations,
+            batch_size=self.batch_size,
+            adaround=self.adaround,
+            lr=recipe.lr if self.lr is None else self.lr,
+            scale_lr=recipe.scale_lr if self.scale_lr is None else self.scale_lr,
+            drop=self.drop,
+            head_divergence=self.head_divergence,
+            autocast=self.autocast,
+            compile=self.compile,
+        )
+
+    def smooth_settings(self, settings: Settings) -> Settings | None:
+        """How a block is learnt before its weights are quantized; None where it is not (I&S-ViT's stage 1)."""
+        return None
+
+    def forwards(self, calib_size: int) -> float:
+        """See `iasvit.methods.Method`; a step is a forward and a backward with quantizers, and of what is behind."""
+        steps = self.settings().iterations * self.batch_size
+        return (3.5 + (12 if self.suffixes else 0)) * steps + 30 * calib_size
+
+    def transform(self, model: nn.Module, images: ActivationStore, progress: Progress) -> nn.Module:
+        """The network that is quantized in the model's place; the model itself unless a subclass changes it."""
+        return model
+
+    def relu_model(self, model: nn.Module, images: ActivationStore, progress: Progress) -> nn.Module:
+        """The network with ReLU MLPs, for `transform`."""
+        recipe = self.recipes[self.recipe]
+        options = {"iterations": recipe.relu_iterations, "lr": recipe.relu_lr, "seed": self.seed}
+        return relu_transformed(model, images, progress, **options)
+
+    def quantize(self, model: nn.Module, calibration: Calibration, spec: QuantSpec, progress: Progress) -> nn.Module:
+        """See `iasvit.methods.Method`."""
+        settings = self.settings()
+        device = next(model.parameters()).device
+        images = calibration_store(calibration, device, images_share(self.memory_budget))
+        quantizable = partial(prepare, model, spec, self.weight_quantizer, self.activation_quantizer)
+        share = share_of(self.memory_budget, self.name, quantizable, images, self._need(images))
+        model = self.transform(model, images, progress)
+        quantized = prepare(model, spec, self.weight_quantizer, self.activation_quantizer)
+        if self.compile:
+            share_code(quantized)
+        teacher = Teacher(model, images, self.name, self.compile)
+        if self.loss().needs_logits:
+            teacher.answers()
+
+        smooth = self.smooth_settings(settings)
+
+        def initialise(images: ActivationStore) -> None:
+            with progress.phase("calibration"):
+                INITIALISATIONS[self.initialisation](quantized, images, self.init_size, share)
+                if smooth is None:
+                    fold(quantized)
+                    calibrate_weights(quant_layers(quantized))
+
+        def fit(job: SegmentJob) -> None:
+            with progress.phase("reconstruction, blocks"):
+                if smooth is not None:
+                    layers = job.segment.layers()
+                    for layer in layers:
+                        layer.weight_quantizer.enabled = False
+                    reconstruct(job, teacher, Loss(), smooth, self.seed)
+                    fold(quantized, layers)
+                    for layer in layers:
+                        layer.calibrate_weight()
+                reconstruct(job, teacher, self.loss(), settings, self.seed)
+
+        steps = (settings.iterations + (smooth.iterations if smooth else 0)) * sum(
+            bool(segment.modules) for segment in segments(quantized)
+        )
+        with frozen(model):
+            stream(model, quantized, images, fit, progress, start=initialise, batch_size=64, steps=steps)
+            self.finish(quantized, teacher, settings, progress)
+        for _, layer in quant_layers(quantized):
+            layer.round_weight()
+        return quantized
+
+    def finish(self, quantized: nn.Module, teacher: Teacher, settings: Settings, progress: Progress) -> None:
+        """What is done when all blocks are learnt, before weights are rounded for good; nothing by default."""
+
+    def _need(self, images: ActivationStore) -> Callable[[nn.Module, Tensor], int]:
+        """See `share_of`: a pass that initialises, and a step of learning."""
+        count = min(len(images), max(self.batch_size, images.passes(self.init_size)))
+        step = min(len(images), self.batch_size)
+        return lambda model, few: max(forward_need(model, few, count), learning_need(model, few, step))
+
+    def weight_quantizer(self, site: Site) -> Quantizer:
+        """Uniform, one scale and zero-point per output channel."""
+        return UniformQuantizer(site.n_bits, channel_dim=0, percentiles=WEIGHT_PERCENTILES)
+
+    def activation_quantizer(self, site: Site) -> Quantizer:
+        """`softmax` after softmax, per channel after LayerNorm (until that is folded), per tensor elsewhere."""
+        if site.role == "softmax":
+            return SOFTMAX_QUANTIZERS[self.softmax](site.n_bits)
+        return UniformQuantizer(site.n_bits, channel_dim=-1 if site.role == "norm" else None)
