@@ -27,6 +27,8 @@ class BasePTQ(ScaleSearch):
     low: Annotated[float, Range(above=0)] = 0.5
 
     name: ClassVar[str] = "base_ptq"
+    reference: ClassVar[str] = "arXiv:2111.12293, section 4.2"
+    published: ClassVar[str] = "W6A6, W8A8 on ViT, DeiT, Swin"
     metric: ClassVar[type[CosineDistance]] = CosineDistance
 
     def weight_quantizer(self, site: Site) -> Quantizer:

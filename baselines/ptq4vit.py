@@ -30,6 +30,8 @@ class PTQ4ViT(ScaleSearch):
     rounds: Annotated[int, Range(1)] = 3
 
     name: ClassVar[str] = "ptq4vit"
+    reference: ClassVar[str] = "arXiv:2111.12293"
+    published: ClassVar[str] = "W6A6, W8A8 by its authors; W3A3, W4A4 by others"
     metric: ClassVar[type[HessianGuided]] = HessianGuided
 
     def weight_quantizer(self, site: Site) -> Quantizer:

@@ -50,6 +50,8 @@ class RepQViT:
     memory_budget: MemoryBudget = None
 
     name: ClassVar[str] = "repq_vit"
+    reference: ClassVar[str] = "arXiv:2212.08254"
+    published: ClassVar[str] = "W4A4, W6A6 by its authors, with 2^b + 1 codes and fractional zero-points; COCO"
     version: ClassVar[int] = 2
     changelog: ClassVar[dict[int, str]] = {
         2: "detectors: images keep their sizes, and a head's quantizers see all feature levels while ranges are chosen"

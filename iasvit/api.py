@@ -31,6 +31,7 @@ from iasvit.models import (
 from iasvit.options import without_bounds
 from iasvit.progress import Progress
 from iasvit.spec import QuantSpec
+from iasvit.transforms import transforms_of
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +104,12 @@ def quantize(
         for module, mode in training.items():
             module.training = mode
     quantized.eval()
-    label(quantized, Quantization(getattr(method, "variant", method.name), str(spec), known, description, data))
+    steps = []
+    if (transforms := transforms_of(quantized)) is not None:
+        unknown = {key: value for key, value in description.items() if key == INCOMPLETE}
+        description, steps = {**transforms.architecture, **unknown}, [asdict(step) for step in transforms.steps]
+    variant = getattr(method, "variant", method.name)
+    label(quantized, Quantization(variant, str(spec), known, description, data, steps))
     return quantized
 
 

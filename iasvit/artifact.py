@@ -36,6 +36,7 @@ class Quantization:
         options: options given to the method.
         architecture: what `iasvit.models.build` makes the unquantized model from.
         data: what timm's `resolve_data_config` says of the images that the model takes.
+        transforms: what was done to the network before, in order: name, options and exact of `iasvit.transforms.Step`.
     """
 
     method: str
@@ -43,6 +44,7 @@ class Quantization:
     options: dict[str, Any]
     architecture: dict[str, Any]
     data: dict[str, Any] = field(default_factory=dict)
+    transforms: list[dict[str, Any]] = field(default_factory=list)
 
 
 def pack(codes: Tensor, n_bits: int) -> Tensor:
@@ -161,9 +163,11 @@ def _no_constant(name: str) -> None:
 
 
 FIELDS = {"method": str, "spec": str, "options": dict, "architecture": dict, "data": dict, "quantizers": dict}
+FIELDS |= {"transforms": list}  # added later
 
 
 def _rebuild(header: dict[str, Any], state: dict[str, Tensor], path: Path) -> nn.Module:
+    header.setdefault("transforms", [])  # files of before have none
     for name, kind in {**FIELDS, "shapes": dict}.items():
         if not isinstance(header[name], kind):
             raise IasvitError(f"{path} is damaged: its {name!r} is {type(header[name]).__name__}, not {kind.__name__}")
@@ -202,7 +206,7 @@ def _rebuild(header: dict[str, Any], state: dict[str, Tensor], path: Path) -> nn
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise IasvitError(f"{path} is damaged: {name!r} holds NaN or Inf")
-    names = ("method", "spec", "options", "architecture", "data")
+    names = ("method", "spec", "options", "architecture", "data", "transforms")
     label(model, Quantization(**{name: header[name] for name in names}))
     return model.requires_grad_(False).eval()
 

@@ -140,8 +140,17 @@ def _run_task() -> None:
 
 
 @_app.command("list")
-def _list() -> None:
+def _list(
+    what: Annotated[str, typer.Argument(help='"methods" for what each method is.', show_default=False)] = "",
+) -> None:
     """Print the registered methods and tasks, and where each comes from."""
+    if what not in ("", "methods"):
+        raise IasvitError(f"iasvit list takes methods, or nothing, but {what!r} was given")
+    if what:
+        from iasvit.methods import descriptions  # torch, which takes seconds
+
+        print("\n\n".join(map(str, descriptions())))
+        return
     for group in ("iasvit.methods", TASKS):
         print(f"{group.rpartition('.')[2]}:")
         for entry in sorted(entry_points(group=group), key=lambda entry: entry.name):

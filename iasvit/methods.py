@@ -37,6 +37,9 @@ class Method(Protocol):
     takes, as so many forward passes of one image in full precision, `forwards(self, calib_size: int) -> float` says,
     roughly; `--dry-run` and the time left rest on it.
 
+    What it is says `describe(self) -> Description`, for `iasvit list methods` and the tables; a method without one is
+    described by its class.
+
     An option's value must be of its field's type, and in the range that stands beside it: `Annotated[int, Range(1)]`
     of `iasvit.options`.
     """
@@ -46,6 +49,61 @@ class Method(Protocol):
     def quantize(self, model: nn.Module, calibration: Calibration, spec: QuantSpec, progress: Progress) -> nn.Module:
         """A quantized copy of `model`, which is left untouched; calibration is N×3×H×W images or batches of them."""
         ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """What a method is.
+
+    Attributes:
+        name: in the registry.
+        summary: one line.
+        reference: the paper; "" for none.
+        published: which numbers the paper or other papers report, in a few words; "" where none are known.
+        calib_used: of 1024 calibration images how many it reads.
+        iterations: optimization steps of a block; None where it learns nothing or the bits decide.
+        transforms: of the network before, by name; those that are not exact have "(changes the network)" behind.
+    """
+
+    name: str
+    summary: str
+    reference: str = ""
+    published: str = ""
+    calib_used: int = 0
+    iterations: int | None = None
+    transforms: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        parts = [("reference", self.reference or "none"), ("published", self.published or "nothing")]
+        parts.append(("images", f"{self.calib_used} of 1024"))
+        parts.append(("iterations", "none, or as the bits say" if self.iterations is None else str(self.iterations)))
+        parts.append(("transforms", ", ".join(self.transforms) or "none"))
+        return "\n".join([f"{self.name}: {self.summary}", *(f"  {name + ':':<12}{value}" for name, value in parts)])
+
+
+def describe_method(method: Method) -> Description:
+    """What a method says of itself, or what its class says: `reference`, `published` and `transforms`, class variables.
+
+    The summary is the first sentence of its docstring.
+    """
+    own: Callable[[], Description] | None = getattr(method, "describe", None)
+    if own is not None:
+        return own()
+    cls = type(method)
+    return Description(
+        method.name,
+        " ".join((cls.__doc__ or "").split("\n\n")[0].split()).partition(". ")[0].rstrip("."),
+        getattr(cls, "reference", ""),
+        getattr(cls, "published", ""),
+        images_used(method, 1024),
+        getattr(method, "iterations", None),
+        tuple(getattr(method, "transforms", ())),
+    )
+
+
+def descriptions() -> list[Description]:
+    """Those of all registered methods, by name."""
+    return [describe_method(get_method(name)) for name in list_methods()]
 
 
 def _entries() -> dict[str, EntryPoint]:

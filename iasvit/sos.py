@@ -100,6 +100,8 @@ class IASViT:
     memory_budget: MemoryBudget = None
 
     name: ClassVar[str] = "ias_vit"
+    reference: ClassVar[str] = "arXiv:2311.10126"
+    published: ClassVar[str] = "W3A3, W4A4, W6A6 on ViT, DeiT, Swin; COCO"
     version: ClassVar[int] = 2
     changelog: ClassVar[dict[int, str]] = {
         2: "quantizers are initialised by one pass of the quantized model, not on full-precision activations; [-sulq] "

@@ -6,6 +6,7 @@ import os
 
 from torch import nn
 
+from iasvit.admission import admission
 from iasvit.artifact import load, packed_bytes
 from iasvit.models import build
 from iasvit.nn import quant_layers, quantizers_of
@@ -29,6 +30,7 @@ def summary(path: str | os.PathLike[str]) -> str:
         ("method", made.method),
         ("spec", made.spec),
         ("options", options or "none"),
+        ("rules", str(admission(model))),
         ("full size", f"{full} bytes"),
         ("packed size", f"{packed} bytes, {full / packed:.1f} times smaller"),
     ]

@@ -7,13 +7,17 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from baselines.adalog import AdaLog
 from baselines.base_ptq import BasePTQ
+from baselines.erq import ERQ
+from baselines.gptaq import GPTAQ
+from baselines.gptq import GPTQ
 from baselines.minmax import MinMax
 from baselines.ptq4vit import PTQ4ViT
 from baselines.repq_vit import RepQViT
 from baselines.rtn import RTN
 
-METHODS = {cls.name: cls for cls in (BasePTQ, MinMax, PTQ4ViT, RepQViT, RTN)}
+METHODS = {cls.name: cls for cls in (BasePTQ, MinMax, PTQ4ViT, RepQViT, RTN, GPTQ, GPTAQ, ERQ, AdaLog)}
 FAMILIES = ("vit", "swin")
 
 

@@ -19,12 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from iasvit import distributed
+from iasvit.admission import admission
 from iasvit.api import quantize
 from iasvit.artifact import packed_bytes
 from iasvit.artifact import save as save_model
 from iasvit.benchmark import provenance
 from iasvit.benchmark.locks import locked
-from iasvit.benchmark.results import COST, SCHEMA, Key, ResultStore, Row, check_writable, format_options
+from iasvit.benchmark.results import COST, RULES, SCHEMA, Key, ResultStore, Row, check_writable, format_options
 from iasvit.benchmark.task import Outputs, Task
 from iasvit.benchmark.versions import method_version, other_version
 from iasvit.errors import IasvitError, StorageError, reason
@@ -34,6 +35,7 @@ from iasvit.nn import quantizers_of
 from iasvit.options import without_bounds
 from iasvit.progress import Progress, fingerprint
 from iasvit.spec import QuantSpec
+from iasvit.transforms import transforms_of
 
 FULL_PRECISION = "fp32"  # the method's name in the row of a model that is not quantized
 CHECKPOINT_ROOT = Path(".iasvit/checkpoints")
@@ -392,7 +394,9 @@ class _Run:
         outputs = self._predict(job.cell.model, quantized, progress, row)
         row["peak_memory_mib"] = _peak(memory)
         row["packed_bytes"] = packed_bytes(quantized)
+        row["admission"] = str(admission(quantized))
         self._score(outputs, reference, row)
+        row["transformed"] = self._transformed(job, quantized, reference)
         if self.save is not None:
             row["model_file"] = distributed.first(lambda: self._save(self.save, job.key, quantized))
 
@@ -420,6 +424,17 @@ class _Run:
         row["evaluation_seconds"] = round(seconds, 3)
         row["images_per_second"] = round(self.task.split_size / seconds, 2)
         return outputs
+
+    def _transformed(self, job: Job, quantized: nn.Module, reference: Outputs) -> str:
+        """What the network scores in full precision that a transform has made another function; "" where none has."""
+        made = transforms_of(quantized)
+        if made is None or made.network is None:
+            return ""
+        progress = Progress(f"{job.cell.model} {job.cell.method} in full precision", quiet=self.quiet)
+        with torch.no_grad():
+            outputs = self.task.predict(job.cell.model, made.network, progress)
+        scores = self.task.score(outputs, reference)
+        return format_options((name, round(float(scores[name]), 4)) for name in self.primary)
 
     def _score(self, outputs: Outputs, reference: Outputs, row: Row) -> None:
         scores = {name: float(value) for name, value in self.task.score(outputs, reference).items()}
@@ -487,6 +502,7 @@ class _Run:
             **dict.fromkeys(self.metrics),
             **dict.fromkeys(f"fp_{name}" for name in self.primary),
             **dict.fromkeys(COST),
+            **dict.fromkeys(RULES, ""),
             "model_bytes": model_bytes(network),
             "model_file": "",
             "device": provenance.describe_device(device_of(network)),

@@ -22,7 +22,7 @@ from iasvit.files import atomic_write, replacing
 
 SCHEMA = 3
 
-# A row's columns are IDENTITY, the task's metrics, fp_<metric> of its primary metrics, COST, PROVENANCE.
+# A row's columns are IDENTITY, the task's metrics, fp_<metric> of its primary metrics, COST, RULES, PROVENANCE.
 IDENTITY = (
     *("schema_version", "task", "dataset", "split_size", "data_fingerprint", "config_fingerprint", "model", "weights"),
     *("method", "w_bits", "a_bits", "spec", "seed", "calib_size", "calib_used", "options"),
@@ -36,7 +36,11 @@ PROVENANCE = (
     *("model_file", "device", "threads", "python", "torch", "timm", "iasvit", "git_commit", "spec_hash", "command"),
     *("status", "reason", "time"),
 )
-_FIXED = (*IDENTITY, *COST, *PROVENANCE)
+# `iasvit.admission` in a line; and the metrics of the network in full precision where a transform has changed it, as
+# `format_options` writes them. Rows of before have neither.
+RULES = ("admission", "transformed")
+_NEEDED_OF_ROWS = (*IDENTITY, *COST, *PROVENANCE)
+_FIXED = (*_NEEDED_OF_ROWS, *RULES)
 # Without these a row says nothing; a file may lack any other column.
 _NEEDED_INTEGERS = ("split_size", "w_bits", "a_bits", "seed", "calib_size")
 _NEEDED = ("task", "dataset", "model", "method", "spec", *_NEEDED_INTEGERS, "status", "time")
@@ -44,7 +48,7 @@ _VERSIONS = ("schema_version", "method_version", "task_version")  # 1 where they
 _INTEGERS = frozenset(
     {*_NEEDED_INTEGERS, *_VERSIONS, "iterations", "calib_used", "model_bytes", "packed_bytes", "threads"}
 )
-_TEXTS = frozenset({*IDENTITY, *PROVENANCE}) - _INTEGERS
+_TEXTS = frozenset({*IDENTITY, *RULES, *PROVENANCE}) - _INTEGERS
 _LONGEST = 100_000  # characters of a value
 _TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ")
 
@@ -138,7 +142,7 @@ def primary_metrics(columns: Iterable[str]) -> list[str]:
 def _columns(*names: Iterable[str]) -> list[str]:
     """All these columns in a row's order."""
     union = list(dict.fromkeys(name for part in names for name in part))
-    return [*IDENTITY, *metric_columns(union), *(n for n in union if n.startswith("fp_")), *COST, *PROVENANCE]
+    return [*IDENTITY, *metric_columns(union), *(n for n in union if n.startswith("fp_")), *COST, *RULES, *PROVENANCE]
 
 
 def _plain(text: str) -> str:
@@ -344,7 +348,7 @@ class ResultStore:
         Raises:
             IasvitError: a column is missing, or the file cannot be written, or holds something else.
         """
-        if missing := [name for name in _FIXED if name not in row]:
+        if missing := [name for name in _NEEDED_OF_ROWS if name not in row]:
             raise IasvitError(f"the result row lacks {', '.join(missing)}")
         path = self.path(row["task"], row["dataset"])
         try:

@@ -152,10 +152,25 @@ def _notes(rows: pd.DataFrame, cells: pd.DataFrame, metrics: Sequence[Metric]) -
             notes.append(f"Standard error of {metric.name} from the size of the split: at most {error}.")
     for label, settings in sorted(set(zip(cells["method_label"], cells["settings"], strict=True))):
         notes.append(escape(f"{label}: {settings.replace(';', ', ')}."))
-    notes += [*_failures(rows), *_left_out(rows, metrics)]
+    notes += [*_rules(rows), *_failures(rows), *_left_out(rows, metrics)]
     if cells.filter(regex="^published_").notna().any(axis=None):
         notes.append("Published: the papers' value on the whole validation split, and ours less it.")
     return notes + _other_versions(cells)
+
+
+def _rules(rows: pd.DataFrame) -> list[str]:
+    """What the admission rules are found to be, and what a network that a transform changed has in full precision."""
+    if "admission" not in rows:
+        return []
+    known = rows[rows["admission"].fillna("") != ""]
+    notes = []
+    for rules, part in known.groupby("admission", sort=True):
+        notes.append(escape(f"Rules, computed: {', '.join(sorted(set(part['method_label'])))}: {rules}."))
+    changed = known[known["transformed"].fillna("") != ""] if "transformed" in known else known[:0]
+    for (method, model), part in changed.groupby(["method_label", "model_label"], sort=True):
+        values = ", ".join(sorted(set(part["transformed"])))
+        notes.append(escape(f"{method} on {model}: the changed network has in full precision {values}."))
+    return notes
 
 
 def _failures(rows: pd.DataFrame) -> list[str]:

@@ -5,7 +5,8 @@ A method sees what an adapter returns (`Segment`, `NormLinearPair`, `Site`), nev
 
 from iasvit.models.base import Activation, Adapter, Inserter, NormLinearPair, Segment, Site
 from iasvit.models.check import check_chain, check_size, why_not_saved
-from iasvit.models.plain import check_parameters, plain, unwrap
+from iasvit.models.parts import MLP, Heads, Reader, ResidualStream, Writer, use_rms_norms
+from iasvit.models.plain import check_parameters, copy_of, plain, unwrap
 from iasvit.models.registry import (
     INCOMPLETE,
     adapter_for,
@@ -20,17 +21,23 @@ from iasvit.models.registry import (
 
 __all__ = [
     "INCOMPLETE",
+    "MLP",
     "Activation",
     "Adapter",
+    "Heads",
     "Inserter",
     "NormLinearPair",
+    "Reader",
+    "ResidualStream",
     "Segment",
     "Site",
+    "Writer",
     "adapter_for",
     "build",
     "check_chain",
     "check_parameters",
     "check_size",
+    "copy_of",
     "describe",
     "find_pairs",
     "insert_quantizers",
@@ -39,5 +46,6 @@ __all__ = [
     "prepare",
     "segments",
     "unwrap",
+    "use_rms_norms",
     "why_not_saved",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,12 @@ from torch import Tensor, nn
 from iasvit.errors import IasvitError
 from iasvit.models.chain import with_hooks
 from iasvit.models.likelihood import label_gradient
-from iasvit.nn import QuantConv2d, QuantLayer, QuantLinear
+from iasvit.nn import QuantConv2d, QuantLayer, QuantLinear, RMSNorm
 from iasvit.quantizers import Quantizer
 from iasvit.spec import FULL_PRECISION, QuantSpec
+
+if TYPE_CHECKING:
+    from iasvit.models.parts import MLP, Heads, ResidualStream
 
 Activation = Tensor | tuple[Tensor, ...]
 
@@ -47,14 +50,14 @@ class NormLinearPair:
 
     Attributes:
         name: path of the LayerNorm.
-        norm: the LayerNorm.
+        norm: the LayerNorm, or the RMSNorm that a rotated model has in its place.
         linears: the Linears.
         padding: what the Linears read, beside the LayerNorm's output, where windows are filled up: a value for each
             channel, 0 before reparameterization. None where nothing is filled up.
     """
 
     name: str
-    norm: nn.LayerNorm
+    norm: nn.LayerNorm | RMSNorm
     linears: tuple[QuantLinear, ...]
     padding: Tensor | None = None
 
@@ -140,6 +143,22 @@ class Adapter(ABC):
     def pairs(self, model: nn.Module) -> list[NormLinearPair]:
         """LayerNorm→Linear pairs of a quantizable model; none unless the family says which."""
         return []
+
+    def residual_stream(self, model: nn.Module) -> ResidualStream:
+        """What writes and reads the residual stream of a model in full precision, for transforms of it.
+
+        Raises:
+            IasvitError: the model has no one stream that may be rotated.
+        """
+        raise IasvitError(f"a {class_name(model)} has no residual stream of one width that can be rotated")
+
+    def heads(self, model: nn.Module) -> list[Heads]:
+        """The attentions of a model in full precision whose heads may be rotated; IasvitError where none is known."""
+        raise IasvitError(f"the attention heads of a {class_name(model)} cannot be rotated")
+
+    def mlps(self, model: nn.Module) -> list[MLP]:
+        """The MLPs of a model in full precision; IasvitError where none is known."""
+        raise IasvitError(f"the MLPs of a {class_name(model)} cannot be transformed")
 
     def log_likelihood(self, model: nn.Module, inputs: Activation, generator: torch.Generator) -> Tensor:
         """A value an image whose gradient is that of log p(labels), of labels drawn from the model's predictions.

@@ -12,7 +12,7 @@ from torch import nn
 from iasvit.errors import IasvitError
 from iasvit.models.attention import explicit_attention
 from iasvit.models.base import Inserter, NormLinearPair, class_name
-from iasvit.nn import QuantMatMul
+from iasvit.nn import QuantMatMul, RMSNorm
 
 
 def insert_block(
@@ -51,7 +51,7 @@ def check_block(block: nn.Module, prefix: str, block_class: type[nn.Module], att
     for name in ("norm1", "norm2"):
         norm = getattr(block, name)
         is_layer_norm = isinstance(norm, nn.LayerNorm) and norm.elementwise_affine and norm.bias is not None
-        require(is_layer_norm, f"{prefix}.{name}", norm, "LayerNorm with weight and bias")
+        require(is_layer_norm or type(norm) is RMSNorm, f"{prefix}.{name}", norm, "LayerNorm with weight and bias")
 
 
 def mlp_ratio(mlp: Mlp, dim: int) -> float:
@@ -70,9 +70,9 @@ def block_pairs(block: nn.Module, prefix: str) -> list[NormLinearPair]:
 
 
 def set_eps(model: nn.Module, eps: float) -> None:
-    """Give every LayerNorm of a model this eps."""
+    """Give every norm of a model this eps."""
     for module in model.modules():
-        if isinstance(module, nn.LayerNorm):
+        if isinstance(module, (nn.LayerNorm, RMSNorm)):
             module.eps = eps
 
 

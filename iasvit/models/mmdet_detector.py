@@ -26,6 +26,7 @@ from iasvit.models.base import Adapter, Inserter, NormLinearPair, Segment
 from iasvit.models.blocks import require
 from iasvit.models.likelihood import label_gradient
 from iasvit.models.mmdet_heads import Component, check_heads, fixed_answers, flat, label_scores, meta_of, run_heads
+from iasvit.models.parts import Heads
 from iasvit.nn import QuantMatMul
 
 HEADS = ("neck", "rpn_head", "roi_head")
@@ -62,12 +63,22 @@ class DetectorAdapter(Adapter):
         result = []
         for prefix, module in _links(model.backbone):
             if not prefix.endswith("downsample"):
-                qkv, padding = module.attn.w_msa.qkv, module.attn.padding
+                qkv, padding = module.attn.w_msa.qkv, getattr(module.attn, "padding", None)
                 result.append(NormLinearPair(f"{prefix}.norm1", module.norm1, (qkv,), padding))
                 result.append(NormLinearPair(f"{prefix}.norm2", module.norm2, (module.ffn.layers[0][0],)))
             elif module.norm is not None:
                 result.append(NormLinearPair(f"{prefix}.norm", module.norm, (module.reduction,)))
         return result
+
+    def heads(self, model: TwoStageDetector) -> list[Heads]:
+        """The attention of every block of the backbone."""
+        _check(model)
+        attentions = [
+            (f"{prefix}.attn.w_msa", module.attn.w_msa)
+            for prefix, module in _links(model.backbone)
+            if not prefix.endswith("downsample")
+        ]
+        return [Heads(name, part.qkv, part.proj, part.num_heads) for name, part in attentions]
 
     def segments(self, model: TwoStageDetector) -> list[Segment]:
         """Patch embedding; each block and patch merging; neck and heads."""

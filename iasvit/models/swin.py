@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from iasvit.models.base import Adapter, Inserter, NormLinearPair, Segment
 from iasvit.models.blocks import (
+    activation_class,
     block_pairs,
     check_block,
     data_config,
@@ -21,6 +22,7 @@ from iasvit.models.blocks import (
     require,
     set_eps,
 )
+from iasvit.models.parts import MLP, Heads, heads_of, mlp_of
 
 
 class SwinAdapter(Adapter):
@@ -78,6 +80,7 @@ class SwinAdapter(Adapter):
                 check_block(module, prefix, SwinTransformerBlock, WindowAttention)
         head, fc = _head(model)
         blocks = [stage.blocks[0] for stage in model.layers]
+        act = type(blocks[0].mlp.act).__name__
         return {
             "class": "SwinTransformer",
             "img_size": list(model.patch_embed.img_size),
@@ -103,6 +106,7 @@ class SwinAdapter(Adapter):
             "qkv_bias": blocks[0].attn.qkv.bias is not None,
             "drop_path_rate": 0.0,
             "eps": blocks[0].norm1.eps,
+            **({} if act == "GELU" else {"act": act}),
         }
 
     def build(self, description: dict[str, Any]) -> SwinTransformer:
@@ -110,6 +114,7 @@ class SwinAdapter(Adapter):
         arguments = dict(description)
         arguments.pop("class")
         eps, stages = arguments.pop("eps"), arguments.pop("stages")
+        act = activation_class(arguments.pop("act", "GELU"))
         for name in ("img_size", "depths", "num_heads", "head_dim", "mlp_ratio"):
             arguments[name] = tuple(arguments[name])
         head_bias, bare_head = arguments.pop("head_bias", True), arguments.pop("bare_head", False)
@@ -122,7 +127,17 @@ class SwinAdapter(Adapter):
         if bare_head:
             model.head = model.head.fc
         set_eps(model, eps)
+        for mlp in self.mlps(model) if act is not nn.GELU else ():
+            mlp.act[0].act = act()
         return model
+
+    def heads(self, model: SwinTransformer) -> list[Heads]:
+        """The attention of every block."""
+        return [heads_of(block, name) for name, block in _blocks(model)]
+
+    def mlps(self, model: SwinTransformer) -> list[MLP]:
+        """The MLP of every block."""
+        return [mlp_of(block, name) for name, block in _blocks(model)]
 
     def data(self, model: SwinTransformer) -> dict[str, Any]:
         """See `Adapter`."""
@@ -150,6 +165,11 @@ class _FilledWindows(SwinTransformerBlock):
 def _head(model: SwinTransformer) -> tuple[str, nn.Module]:
     """Path and module of the last layer: in timm's head, or what a user has put in its place."""
     return ("head.fc", model.head.fc) if isinstance(model.head, ClassifierHead) else ("head", model.head)
+
+
+def _blocks(model: SwinTransformer) -> list[tuple[str, nn.Module]]:
+    """(path, module) of each block."""
+    return [(name, module) for name, module in _links(model) if not name.endswith("downsample")]
 
 
 def _links(model: SwinTransformer) -> list[tuple[str, nn.Module]]:

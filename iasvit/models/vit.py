@@ -9,6 +9,7 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
+from iasvit.errors import IasvitError
 from iasvit.models.base import Adapter, Inserter, NormLinearPair, Segment
 from iasvit.models.blocks import (
     activation_class,
@@ -21,6 +22,8 @@ from iasvit.models.blocks import (
     require,
     set_eps,
 )
+from iasvit.models.parts import MLP, Heads, Reader, ResidualStream, Writer, heads_of, mlp_of, use_rms_norms
+from iasvit.nn import RMSNorm
 
 
 class ViTAdapter(Adapter):
@@ -90,6 +93,7 @@ class ViTAdapter(Adapter):
             "dynamic_img_size": model.dynamic_img_size,
             "eps": norm.eps,
             "act": type(block.mlp.act).__name__,
+            **({"norm": "rms"} if isinstance(norm, RMSNorm) else {}),
         }
 
     def build(self, description: dict[str, Any]) -> VisionTransformer:
@@ -98,7 +102,9 @@ class ViTAdapter(Adapter):
         classes = {cls.__name__: cls for cls in (VisionTransformer, VisionTransformerDistilled)}
         model_class = classes[arguments.pop("class")]
         eps, act = arguments.pop("eps"), arguments.pop("act")
-        head_bias = arguments.pop("head_bias", True)
+        head_bias, norm = arguments.pop("head_bias", True), arguments.pop("norm", "layer")
+        if norm not in ("layer", "rms"):
+            raise IasvitError(f"norm {norm!r} is not supported; supported are layer, rms")
         for name in ("img_size", "patch_size"):
             arguments[name] = tuple(arguments[name])
         if model_class is VisionTransformerDistilled:
@@ -107,7 +113,49 @@ class ViTAdapter(Adapter):
         for name in _heads(model) if not head_bias else ():
             model.get_submodule(name).bias = None
         set_eps(model, eps)
+        if norm == "rms":
+            use_rms_norms(self.residual_stream(model))
         return model
+
+    def residual_stream(self, model: VisionTransformer) -> ResidualStream:
+        """From patch embedding and tokens through the blocks to the last norm and the head.
+
+        Raises:
+            IasvitError: something on the way is not the same for a rotated stream; the message names it.
+        """
+        require(isinstance(model.patch_embed.norm, nn.Identity), "patch_embed.norm", model.patch_embed.norm, "none")
+        require(isinstance(model.norm_pre, nn.Identity), "norm_pre", model.norm_pre, "none")
+        if model.global_pool not in ("token", "avg"):
+            raise IasvitError(f"pooling {model.global_pool!r} of the model cannot be rotated; it must be token or avg")
+        heads = tuple(model.get_submodule(name) for name in _heads(model))
+        last = [name for name in ("norm", "fc_norm") if not isinstance(getattr(model, name), nn.Identity)]
+        if not heads or len(last) != 1:
+            raise IasvitError("a model can be rotated that ends in one norm and a Linear head; the one given does not")
+        blocks = list(model.blocks)
+        writers = [Writer(model.patch_embed.proj)]
+        readers = []
+        for block in blocks:
+            for layer, scale in ((block.attn.proj, "ls1"), (block.mlp.fc2, "ls2")):
+                scaled = not isinstance(getattr(block, scale), nn.Identity)
+                writers.append(Writer(layer, (block, scale) if scaled else None))
+            gate = getattr(block.attn, "gate", None)
+            readers.append(Reader((block, "norm1"), (block.attn.qkv,) if gate is None else (block.attn.qkv, gate)))
+            readers.append(Reader((block, "norm2"), (block.mlp.fc1,)))
+        tokens = (getattr(model, name, None) for name in ("cls_token", "dist_token", "reg_token", "pos_embed"))
+        return ResidualStream(
+            model.patch_embed.proj.out_channels,
+            tuple(token for token in tokens if token is not None),
+            tuple(writers),
+            (*readers, Reader((model, last[0]), heads)),
+        )
+
+    def heads(self, model: VisionTransformer) -> list[Heads]:
+        """The attention of every block."""
+        return [heads_of(block, f"blocks.{index}") for index, block in enumerate(model.blocks)]
+
+    def mlps(self, model: VisionTransformer) -> list[MLP]:
+        """The MLP of every block."""
+        return [mlp_of(block, f"blocks.{index}") for index, block in enumerate(model.blocks)]
 
     def data(self, model: VisionTransformer) -> dict[str, Any]:
         """See `Adapter`."""

@@ -139,12 +139,7 @@ class QuantMatMul(nn.Module):
         self.right_quantizer = right_quantizer
 
     def forward(self, left: Tensor, right: Tensor) -> Tensor:
-        return self.left_quantizer(left) @ self.quantized_right(right)
-
-    def quantized_right(self, right: Tensor) -> Tensor:
-        """The right operand's quantized values. A transposed matrix is quantized as it lies in memory."""
-        transposed = right.stride(-2) == 1
-        return self.right_quantizer(right.mT).mT if transposed else self.right_quantizer(right)
+        return self.left_quantizer(left) @ self.right_quantizer(right)
 
 
 def quantizers_of(module: nn.Module, *, weights: bool) -> Iterator[tuple[str, Quantizer]]:

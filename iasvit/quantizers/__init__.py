@@ -1,6 +1,6 @@
 """Quantizers: tensors in, integer codes or fake-quantized tensors out. They know nothing of layers or models."""
 
-from iasvit.quantizers.adalog import AdaLogQuantizer
+from iasvit.quantizers.adalog import AdaLogQuantizer, ShiftedAdaLogQuantizer
 from iasvit.quantizers.base import Quantizer
 from iasvit.quantizers.log2 import Log2Quantizer
 from iasvit.quantizers.search import ACTIVATION_PERCENTILES, WEIGHT_PERCENTILES
@@ -18,6 +18,7 @@ __all__ = [
     "Log2Quantizer",
     "Quantizer",
     "SULQuantizer",
+    "ShiftedAdaLogQuantizer",
     "SymmetricQuantizer",
     "TwinGELUQuantizer",
     "TwinSoftmaxQuantizer",

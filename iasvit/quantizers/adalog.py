@@ -12,6 +12,7 @@ from iasvit.quantizers.base import Quantizer
 from iasvit.quantizers.log2 import power_of_two, require_non_negative
 from iasvit.quantizers.pool import Pool
 from iasvit.quantizers.search import ACTIVATION_PERCENTILES, upper_quantiles
+from iasvit.quantizers.twin import GELU_MINIMUM
 
 STEPS = 37  # r: the base is 2^(Q/r)
 EXPONENTS = range(10, 139)  # Q: bases from 1.2 to 13
@@ -37,17 +38,18 @@ class AdaLogQuantizer(Quantizer):
     kind: ClassVar[str] = "adalog"
     parameters_: ClassVar[tuple[str, ...]] = ("scale", "exponent")
     monotone: ClassVar[bool] = True
+    shift: ClassVar[float] = 0.0  # added to a value before, taken away from what its code stands for
 
     def __init__(self, n_bits: int, percentiles: Sequence[float] = ACTIVATION_PERCENTILES) -> None:
         super().__init__(n_bits)
         self.percentiles = tuple(percentiles)
 
     def _calibrate(self, pool: Pool) -> None:
-        require_non_negative(pool.ends()[0])
-        scales = upper_quantiles(pool, self.percentiles)[:, 0].clamp_min(torch.finfo(torch.float32).tiny)
+        require_non_negative(pool.ends()[0] + self.shift)
+        scales = (upper_quantiles(pool, self.percentiles)[:, 0] + self.shift).clamp_min(torch.finfo(torch.float32).tiny)
         exponents = torch.tensor(EXPONENTS, dtype=torch.float32, device=pool.device)
         s, q = (grid.reshape(-1, 1) for grid in torch.meshgrid(scales, exponents, indexing="ij"))
-        best = torch.stack([self._errors(values[0], s, q) for values in pool.slices()]).sum(dim=0).argmin()
+        best = torch.stack([self._errors(values[0] + self.shift, s, q) for values in pool.slices()]).sum(dim=0).argmin()
         self.scale, self.exponent = s[best, 0].clone(), q[best, 0].to(torch.int32)
 
     def _errors(self, x: Tensor, scales: Tensor, exponents: Tensor) -> Tensor:
@@ -79,7 +81,8 @@ class AdaLogQuantizer(Quantizer):
 
     def _values(self, codes: Tensor) -> Tensor:
         table = self._values_with(torch.arange(self.n_levels, device=codes.device), self.scale, self.exponent)
-        return table[codes.to(torch.int64)]
+        table = torch.nn.functional.pad(table, (0, 1), value=torch.nan)  # NaN stays NaN
+        return table[codes.nan_to_num(self.n_levels).to(torch.int64)]
 
     def _ste(self, x: Tensor, values: Tensor) -> Tensor:
         # As log2: x̂ / x with the rounding passed through; 0 where x is clamped and where x̂ = 0.
@@ -92,3 +95,25 @@ class AdaLogQuantizer(Quantizer):
     def configure(self, config: dict[str, Any]) -> None:
         super().configure(config)
         self.percentiles = tuple(config["percentiles"])
+
+
+class ShiftedAdaLogQuantizer(AdaLogQuantizer):
+    """AdaLog for post-GELU activations: x + 0.16997… ≥ 0 is quantized, and the shift taken away again (section 3.2).
+
+    On integers the shift goes into the bias of the layer that reads it. The last code stands for GELU's minimum.
+    """
+
+    kind: ClassVar[str] = "adalog_gelu"
+    shift: ClassVar[float] = -GELU_MINIMUM
+
+    def _calibrate(self, pool: Pool) -> None:
+        super()._calibrate(Pool([part.clamp_min(GELU_MINIMUM) for part in pool.parts]))
+
+    def _codes(self, x: Tensor) -> Tensor:
+        return super()._codes((x + self.shift).clamp_min_(0.0))
+
+    def _values(self, codes: Tensor) -> Tensor:
+        return super()._values(codes) - self.shift
+
+    def _ste(self, x: Tensor, values: Tensor) -> Tensor:
+        return super()._ste((x + self.shift).clamp_min_(torch.finfo(x.dtype).tiny), values + self.shift)

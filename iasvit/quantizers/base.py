@@ -88,12 +88,12 @@ class Quantizer(nn.Module):
         return self._values(codes.to(torch.float32))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Fake-quantized x: decode(encode(x)), bit for bit, with the gradient of `_ste`; float32 for half precision."""
+        """Fake-quantized x: decode(encode(x)), bit for bit, with the gradient of `_ste`; float32."""
         if not self.enabled:
             return x
         if not self.calibrated:
             raise IasvitError("a quantizer was used before it was calibrated; run the method's calibration first")
-        x = x.float() if x.dtype.itemsize < 4 else x
+        x = x.float()
         if x.is_cpu and not (torch.is_grad_enabled() and x.requires_grad) and not torch.compiler.is_compiling():
             return self._evaluate(x.detach())
         if torch.compiler.is_compiling():  # an expression that fuses with its surroundings: x - x is 0, its gradient 1
@@ -155,6 +155,11 @@ class Quantizer(nn.Module):
 
     def _evaluate(self, x: Tensor) -> Tensor:
         """_fake_quantize of x on a CPU without a gradient, to the bit; a subclass saves more passes over the data."""
+        if self.elementwise and x.ndim > 1 and x.stride(-2) == 1 != x.stride(-1):  # transposed: as it lies in memory
+            return self._evaluate(x.mT).mT
+        return self._evaluate_in_order(x)
+
+    def _evaluate_in_order(self, x: Tensor) -> Tensor:
         if self.monotone and worth_a_table(x):
             return look_up(x, self._table(), self._fake_quantize)
         return _FakeQuantize.apply(x, self)

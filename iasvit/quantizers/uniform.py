@@ -96,7 +96,7 @@ class UniformQuantizer(Quantizer):
     def _fake_quantize(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         return self._fake_quantize_with(x, *self._shaped(x.ndim), out=out)
 
-    def _evaluate(self, x: Tensor) -> Tensor:
+    def _evaluate_in_order(self, x: Tensor) -> Tensor:
         # Two passes less than _fake_quantize. Sums of round(x / s) and z are exact, or beyond the range either way;
         # 0 is added, for -0 would come of a small negative x.
         if (
