@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from torch import nn
 
 from iasvit.blockwise import BlockReconstruction, Loss, PerturbationHessian, Teacher, mlp_weights
 from iasvit.calibration import ActivationStore
+from iasvit.options import Range
 from iasvit.progress import Progress
 
 
@@ -21,9 +22,11 @@ class APHQViT(BlockReconstruction):
 
     Options: see `BlockReconstruction`.
         relu: whether GELU is replaced.
+        relu_iterations: steps of an MLP; the recipe's where not given.
     """
 
     relu: bool = True
+    relu_iterations: Annotated[int | None, Range(0)] = None
 
     name: ClassVar[str] = "aphq_vit"
     reference: ClassVar[str] = "arXiv:2504.02508"
@@ -39,4 +42,4 @@ class APHQViT(BlockReconstruction):
             return model
         with progress.phase("calibration"):
             weights = mlp_weights(Teacher(model, images, self.name, self.compile), images, self.seed)
-        return self.relu_model(model, images, progress, weights)
+        return self.relu_model(model, images, progress, self.relu_iterations, weights)

@@ -25,11 +25,13 @@ class GLFQ(BlockReconstruction):
     Options: see `BlockReconstruction`.
         rotation: rotate the residual stream (where LayerNorm can become RMSNorm) and the heads.
         relu: replace GELU by ReLU and reconstruct each MLP; the network is another function then.
+        relu_iterations: steps of an MLP; the recipe's where not given.
     """
 
     drop: Annotated[float, Range(0, 1)] = 0.0
     rotation: bool = True
     relu: bool = True
+    relu_iterations: Annotated[int | None, Range(0)] = None
 
     name: ClassVar[str] = "glf_q"
     reference: ClassVar[str] = "preprint of 2026"
@@ -51,4 +53,4 @@ class GLFQ(BlockReconstruction):
         """See `BlockReconstruction`."""
         if self.rotation:
             model = rotated(model, self.seed)
-        return self.relu_model(model, images, progress) if self.relu else model
+        return self.relu_model(model, images, progress, self.relu_iterations) if self.relu else model

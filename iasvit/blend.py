@@ -59,6 +59,7 @@ class Blend(BlockReconstruction):
         smooth_iterations: steps of a block before its weights are quantized (I&S-ViT's stage 1).
         rotation: rotate the residual stream and the heads before.
         relu: ReLU for GELU before; the network is another function then.
+        relu_iterations: steps of an MLP; the recipe's where not given.
         joint_iterations: steps of all blocks at once.
         joint_batch_size, joint_lr, joint_scale_lr: of these; the scale's rate for activations, as for weights.
         joint_logits, joint_features, joint_local: weights of what is compared.
@@ -83,6 +84,7 @@ class Blend(BlockReconstruction):
     smooth_iterations: Annotated[int, Range(0)] = 0
     rotation: bool = False
     relu: bool = False
+    relu_iterations: Annotated[int | None, Range(0)] = None
     joint_iterations: Annotated[int | None, Range(0)] = None
     joint_batch_size: Annotated[int, Range(1)] = 32
     joint_lr: Annotated[float, Range(above=0)] = 5e-5
@@ -168,7 +170,7 @@ class Blend(BlockReconstruction):
         """See `BlockReconstruction`."""
         if self.rotation:
             model = rotated(model, self.seed)
-        return self.relu_model(model, images, progress) if self.relu else model
+        return self.relu_model(model, images, progress, self.relu_iterations) if self.relu else model
 
     def finish(self, quantized: nn.Module, teacher: Teacher, settings: Settings, progress: Progress) -> None:
         """See `BlockReconstruction`."""

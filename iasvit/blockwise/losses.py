@@ -222,7 +222,7 @@ def mlp_weights(teacher: Teacher, images: ActivationStore, seed: int) -> dict[st
         store = store.map(segment.run, 64, segment.name)
         if any(hasattr(module, "mlp") for _, module in segment.modules):
             batches = ((some, store.gather(some)) for some in store.ranges(store.leading.passes(16)))
-            weight = perturbed(teacher, index, batches, seed=seed)
+            weight = perturbed(teacher, index, batches, seed=seed).flatten(1, -2)  # an MLP may read maps as rows
             result[segment.name] = weight / weight.square().mean().sqrt().clamp_min(torch.finfo(torch.float32).tiny)
     return result
 

@@ -23,7 +23,7 @@ from iasvit.calibration import (
     learning_need,
     share_of,
 )
-from iasvit.methods import Calibration
+from iasvit.methods import Calibration, Description
 from iasvit.models import Site, prepare, segments
 from iasvit.nn import quant_layers
 from iasvit.options import MemoryBudget, OneOf, Range, check_fields
@@ -100,6 +100,8 @@ class BlockReconstruction:
     memory_budget: MemoryBudget = None
 
     name: ClassVar[str]
+    reference: ClassVar[str] = ""
+    published: ClassVar[str] = ""
     version: ClassVar[int] = 1
     changelog: ClassVar[dict[int, str]] = {}
     recipes: ClassVar[dict[str, BlockRecipe]] = ROUNDING_RECIPES
@@ -138,6 +140,18 @@ class BlockReconstruction:
         steps = self.settings().iterations * self.batch_size
         return (3.5 + (12 if self.suffixes else 0)) * steps + 30 * calib_size
 
+    @property
+    def transforms(self) -> tuple[str, ...]:
+        """What `transform` does, for descriptions."""
+        done = {"rotation": ("rotate_residual", "rotate_heads"), "relu": ("relu_mlps (changes the network)",)}
+        return tuple(name for option, names in done.items() if getattr(self, option, False) for name in names)
+
+    def describe(self) -> Description:
+        """See `iasvit.methods.Method`."""
+        cls, iterations = type(self), self.settings().iterations
+        summary = " ".join((cls.__doc__ or "").split("\n\n")[0].split()).partition(". ")[0].rstrip(".")
+        return Description(self.name, summary, cls.reference, cls.published, 1024, iterations, self.transforms)
+
     def transform(self, model: nn.Module, images: ActivationStore, progress: Progress) -> nn.Module:
         """The network that is quantized in the model's place; the model itself unless a subclass changes it."""
         return model
@@ -147,11 +161,12 @@ class BlockReconstruction:
         model: nn.Module,
         images: ActivationStore,
         progress: Progress,
+        iterations: int | None,
         weights: dict[str, Tensor] | None = None,
     ) -> nn.Module:
-        """The network with ReLU MLPs, for `transform`; see `relu_transformed`."""
+        """The network with ReLU MLPs, for `transform`; see `relu_transformed`. Iterations: None for the recipe's."""
         recipe = self.recipes[self.recipe]
-        iterations, lr = recipe.relu_iterations, recipe.relu_lr
+        iterations, lr = recipe.relu_iterations if iterations is None else iterations, recipe.relu_lr
         return relu_transformed(model, images, progress, iterations=iterations, lr=lr, seed=self.seed, weights=weights)
 
     def quantize(self, model: nn.Module, calibration: Calibration, spec: QuantSpec, progress: Progress) -> nn.Module:

@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-import importlib
-from contextlib import suppress
-from typing import Any
-
 from torch import Tensor, nn
 
 from iasvit.calibration import ActivationStore
 from iasvit.errors import IasvitError
 from iasvit.progress import Progress
-
-
-def _transforms() -> Any:
-    try:
-        return importlib.import_module("iasvit.transforms")
-    except ImportError as error:
-        raise IasvitError("this version of iasvit has no transforms; give rotation=false and relu=false") from error
+from iasvit.transforms import relu_mlps, rotate_heads, rotate_residual
 
 
 def rotated(model: nn.Module, seed: int) -> nn.Module:
-    """A copy whose residual stream and heads are rotated; only the heads where the stream cannot be."""
-    transforms = _transforms()
-    with suppress(IasvitError):  # Swin: LayerNorms between streams of several widths stay
-        model = transforms.rotate_residual(model, seed)
-    return transforms.rotate_heads(model, seed)
+    """A copy whose residual stream and heads are rotated, or one of them where the other cannot be (Swin's stream).
+
+    Raises:
+        IasvitError: neither can be.
+    """
+    faults = []
+    for rotate in (rotate_residual, rotate_heads):
+        try:
+            model = rotate(model, seed)
+        except IasvitError as error:
+            faults.append(str(error))
+    if len(faults) == 2:
+        raise IasvitError(f"nothing can be rotated here ({'; '.join(faults)}); give rotation=false")
+    return model
 
 
 def relu_transformed(
@@ -39,5 +38,4 @@ def relu_transformed(
     weights: dict[str, Tensor] | None = None,
 ) -> nn.Module:
     """A copy with ReLU MLPs, reconstructed in full precision; `weights` of their outputs' errors by block's name."""
-    options = {"iterations": iterations, "lr": lr, "seed": seed, "weights": weights, "progress": progress}
-    return _transforms().relu_mlps(model, images, batch_size=32, clamp_percentile=0.99, **options)
+    return relu_mlps(model, images, iterations=iterations, lr=lr, seed=seed, weights=weights, progress=progress)

@@ -163,16 +163,23 @@ def test_a_method_that_reads_logits_says_that_it_cannot_have_them() -> None:
         quantize(model, tiny_images(model, 2), "fima_q")
 
 
-def test_without_transforms_a_method_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    from iasvit.blockwise import transforms
-
-    def missing(name: str) -> None:
-        raise ImportError(name)
-
-    monkeypatch.setattr(transforms.importlib, "import_module", missing)
-    model = tiny_model("vit")
-    with pytest.raises(IasvitError, match="rotation=false"):
+def test_what_cannot_be_rotated_is_one_sentence() -> None:
+    model = tiny_model("swin")
+    with pytest.raises(IasvitError, match="nothing can be rotated here .* give rotation=false"):
         quantize(model, tiny_images(model, 2), "glf_q", rotation=True)
+
+
+@pytest.mark.parametrize("name", ["glf_q", "aphq_vit", "blend"])
+def test_the_network_is_transformed_before_and_its_file_loads(name: str, tmp_path: Path) -> None:
+    model = tiny_model("vit")
+    images = tiny_images(model, 6)
+    options = {"relu": True, "relu_iterations": 2} | ({} if name == "aphq_vit" else {"rotation": True})
+    quantized = quantize(model, images, name, **options)
+    steps = [step["name"] for step in quantized.quantization.transforms]
+    rotations = [] if name == "aphq_vit" else ["rotate_residual", "rotate_heads"]
+    assert steps == [*rotations, "relu_mlps"]
+    iasvit.save(quantized, tmp_path / "model.safetensors")
+    assert torch.equal(iasvit.load(tmp_path / "model.safetensors")(images), quantized(images))
 
 
 def test_images_are_changed_alike_by_a_seed_and_stay_images() -> None:
