@@ -165,7 +165,7 @@ def test_a_method_that_reads_logits_says_that_it_cannot_have_them() -> None:
 
 def test_what_cannot_be_rotated_is_one_sentence() -> None:
     model = tiny_model("swin")
-    with pytest.raises(IasvitError, match="nothing can be rotated here .* give rotation=false"):
+    with pytest.raises(IasvitError, match=r"nothing can be rotated here .* give rotation=false"):
         quantize(model, tiny_images(model, 2), "glf_q", rotation=True)
 
 
