@@ -173,9 +173,7 @@ class ClosedForm(ABC):
                 try:
                     if layer in ordered:
                         full = chain[job.index]
-                        self.fit(
-                            LayerJob(name, layer, originals[name], job.segment, job.inputs_q, full, job.inputs_fp)
-                        )
+                        self.fit(LayerJob(name, layer, originals[name], job.segment, job.inputs_q, full, job.inputs_fp))
                     if not layer.weight_quantizer.calibrated:
                         layer.calibrate_weight()
                 except IasvitError as error:
@@ -200,4 +198,3 @@ class ClosedForm(ABC):
 def set_weight(layer: QuantLayer, values: Tensor) -> None:
     """Set a layer's weight to values given as a matrix (rows, C)."""
     layer.weight.copy_(values.view_as(layer.weight))
-

@@ -95,9 +95,7 @@ def round_with_correction(
     return w
 
 
-def refined(
-    weight: Tensor, moments: Tensor, scale: Tensor, zero_point: Tensor, n_bits: int, flips: int
-) -> Tensor:
+def refined(weight: Tensor, moments: Tensor, scale: Tensor, zero_point: Tensor, n_bits: int, flips: int) -> Tensor:
     """Round to nearest, then turn single roundings the other way while that lowers eᵀ M e, e = w - q, of a row.
 
     Each time the entry is taken whose derivative is largest among those whose rounding may go towards w, and the row is
