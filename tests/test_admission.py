@@ -83,7 +83,12 @@ def test_fractional_zero_points_finer_ranges_and_floats_are_named() -> None:
     fine.set_parameters(fine.scale.expand(24), fine.zero_point.float().expand(24))
     model.blocks[1].attn.qkv.input_quantizer.enabled = False
     found = admission(model)
-    assert found.violations == ["fractional zero-points", "activations per channel", "1 activations in float"]
+    assert found.violations == [
+        "9 values at 3 bits",  # a fraction shifts the steps between the two ends, which stay
+        "fractional zero-points",
+        "activations per channel",
+        "1 activations in float",
+    ]
     tokens = model.blocks[1].mlp.fc1.input_quantizer
     tokens.scale = tokens.scale.expand(17, 1)
     assert admission(model).granularity == "token"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from iasvit.calibration import ActivationStore, TupleStore, calibration_store
+from iasvit.calibration import ActivationStore, Store, TupleStore, calibration_store
 from iasvit.errors import IasvitError
 from iasvit.methods import Calibration
 from iasvit.models import MLP, Activation, Segment, adapter_for, segments
@@ -74,7 +74,7 @@ def relu_mlps(
     if unknown := sorted(set(weights) - set(mlps)):
         raise IasvitError(f"weights are given for {unknown[0]!r}, but the blocks are {', '.join(mlps)}")
     device = next(result.parameters()).device
-    store = images if isinstance(images, ActivationStore) else calibration_store(images, device, memory_budget)
+    store: Store = images if isinstance(images, ActivationStore) else calibration_store(images, device, memory_budget)
     progress = progress or Progress()
     original = changeable(model)
     originals = {mlp.segment: mlp for mlp in adapter_for(original).mlps(original)}
