@@ -37,6 +37,15 @@ class Dynamic(UniformQuantizer):
         return ((x - x.amin()) / scale).round() * scale + x.amin()
 
 
+class PerToken(UniformQuantizer):
+    """Has a scale for each token, (N, 1)."""
+
+    kind = "per_token"
+
+    def _evaluate(self, x: Tensor) -> Tensor:
+        return self._fake_quantize(x)
+
+
 def quantized(spec: str = "W3A3", method: str = "minmax") -> nn.Module:
     model = tiny_model("vit")
     return iasvit.quantize(model, tiny_images(model, 4), spec, METHODS[method]())
@@ -89,8 +98,9 @@ def test_fractional_zero_points_finer_ranges_and_floats_are_named() -> None:
         "activations per channel",
         "1 activations in float",
     ]
-    tokens = model.blocks[1].mlp.fc1.input_quantizer
-    tokens.scale = tokens.scale.expand(17, 1)
+    model = with_class(PerToken)
+    quantizer = model.blocks[1].mlp.fc2.input_quantizer
+    quantizer.scale = quantizer.scale.repeat(17, 1)
     assert admission(model).granularity == "token"
 
 
