@@ -74,8 +74,8 @@ class AdaLog:
         return min(self.init_size, calib_size)
 
     def forwards(self, calib_size: int) -> float:
-        """See `iasvit.methods.Method`; two passes, and the searches, whose rows are bounded."""
-        return 2 * self.images_used(calib_size) + self.rounds * (16 + 32 * self.steps) * 10
+        """See `iasvit.methods.Method`; two passes, and the searches, measured."""
+        return 2 * self.images_used(calib_size) + self.rounds * (16 + 32 * self.steps) * 45
 
     @torch.no_grad()
     def quantize(self, model: nn.Module, calibration: Calibration, spec: QuantSpec, progress: Progress) -> nn.Module:

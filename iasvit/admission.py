@@ -22,8 +22,8 @@ class Admission:
     """What of the rules a quantized model keeps.
 
     Attributes:
-        n_bits, codes: of the quantizer that has most values beyond its 2^b codes, or else most values: its bits, and how
-            many different values it gives (of a channel, where it has parameters for each).
+        n_bits, codes: of the quantizer that has most values beyond its 2^b codes, or else most values: its bits, and
+            how many different values it gives (of a channel, where it has parameters for each).
         integer_zero_points: whether every zero-point is a whole number.
         static: whether what becomes of a value never depends on the others that stand beside it.
         granularity: of activations: "tensor", "channel" or "token", the finest there is.
@@ -80,7 +80,9 @@ def admission(model: nn.Module) -> Admission:
     activations = list(quantizers_of(model, weights=False))
     on = {quantizer: _probes(name, quantizer) for name, quantizer in activations if _works(quantizer)}
     weights = [layer for _, layer in layers if _works(layer.weight_quantizer)]
-    counts = [(quantizer.n_bits, _different(quantizer(probes).flatten(1).T)) for quantizer, probes in on.items()]
+    counts = [
+        (quantizer.n_bits, _different(quantizer(probes).reshape(len(probes), -1).T)) for quantizer, probes in on.items()
+    ]
     counts += [(w.weight_quantizer.n_bits, _different(w.weight_quantizer(w.weight).flatten(1))) for w in weights]
     n_bits, codes = max(counts, key=lambda pair: (pair[1] - 2 ** pair[0], pair[1]), default=(FULL_PRECISION, 0))
     made = transforms_of(model)

@@ -28,7 +28,15 @@ def make_row(**values: Any) -> Row:
         **{"top1": 70.0, "top1_se": 1.5, "agreement": 90.0, "fp_top1": 80.0},
         **{"iterations": 3, "calibration_seconds": 1.0, "reconstruction_seconds": 2.0, "quantization_seconds": 3.0},
         **{"evaluation_seconds": 0.5, "images_per_second": 40.0, "peak_memory_mib": 100.5, "model_bytes": 60},
-        **{"packed_bytes": 30, "model_file": "", "device": "cpu: test", "threads": 1, "python": "3.11.7"},
+        **{
+            "packed_bytes": 30,
+            "admission": "",
+            "transformed": "",
+            "model_file": "",
+            "device": "cpu: test",
+            "threads": 1,
+            "python": "3.11.7",
+        },
         **{"torch": "2", "timm": "1", "iasvit": "0.1.0", "git_commit": "unknown", "spec_hash": "abc"},
         **{"command": "python x.py", "status": "ok", "reason": "", "time": "2026-01-01T00:00:00Z"},
     }

@@ -159,6 +159,16 @@ def test_list_names_methods_and_tasks(monkeypatch: pytest.MonkeyPatch, capsys: p
     assert words.index("methods:") < words.index("ias_vit") < words.index("tasks:") < words.index("imagenet")
 
 
+def test_list_methods_says_what_each_is(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.undo()
+    assert status(monkeypatch, "list", "methods") == 0
+    text = capsys.readouterr().out
+    assert "ias_vit: I&S-ViT" in text
+    assert "reference: arXiv:2311.10126" in " ".join(text.split())
+    assert status(monkeypatch, "list", "models") == 2
+    assert "iasvit list takes methods, or nothing, but 'models' was given" in capsys.readouterr().err
+
+
 def test_show_prints_a_saved_model(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     (row,) = run_cells(FakeTask(), [Cell("vit_s", "rtn", "W4A8", 0, 8)], ResultStore("runs"), save=Path(), quiet=True)
     assert status(monkeypatch, "show", row["model_file"]) == 0

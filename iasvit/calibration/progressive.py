@@ -1,8 +1,9 @@
 """Ranges by a layer's output, from coarse to fine: FPCS, the search of AdaLog (arXiv:2407.12951, section 3.3).
 
-A quantizer's range is a point of the unit square: how much of the lower and of the upper end is kept, or for an adaptive
-base, of the upper end, and the base. A coarse grid is tried, and then, step by step, the neighbours at half the distance
-of the best points so far. What is tried sets the quantizer, so that what is measured is what its codes will stand for.
+A quantizer's range is a point of the unit square: how much of the lower and of the upper end is kept, or for an
+adaptive base, of the upper end, and the base. A coarse grid is tried, and then, step by step, the neighbours at half
+the distance of the best points so far. What is tried sets the quantizer, so that what is measured is what its codes
+stand for.
 """
 
 from __future__ import annotations

@@ -121,7 +121,7 @@ class ClosedForm(ABC):
         return min(self.init_size, calib_size)
 
     def forwards(self, calib_size: int) -> float:
-        """See `iasvit.methods.Method`; passes for each layer, and the solution."""
+        """See `iasvit.methods.Method`; passes for each layer, and the solution, measured."""
         return 15 * self.images_used(calib_size) + 200
 
     @torch.no_grad()

@@ -68,5 +68,5 @@ def recorded(model: nn.Module, step: Step) -> nn.Module:
     before = transforms_of(model)
     steps = (*(before.steps if before else ()), step)
     network = model if not step.exact else before.network if before else None
-    model.transforms = Transforms(steps, describe(model), network)
+    model.__dict__["transforms"] = Transforms(steps, describe(model), network)  # no submodule
     return model

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from iasvit.calibration import ActivationStore, TupleStore, calibration_store
+from iasvit.calibration import ActivationStore, Store, TupleStore, calibration_store
 from iasvit.errors import IasvitError
 from iasvit.methods import Calibration
 from iasvit.models import MLP, Activation, Segment, adapter_for, segments
@@ -74,7 +74,7 @@ def relu_mlps(
     if unknown := sorted(set(weights) - set(mlps)):
         raise IasvitError(f"weights are given for {unknown[0]!r}, but the blocks are {', '.join(mlps)}")
     device = next(result.parameters()).device
-    store = images if isinstance(images, ActivationStore) else calibration_store(images, device, memory_budget)
+    store: Store = images if isinstance(images, ActivationStore) else calibration_store(images, device, memory_budget)
     progress = progress or Progress()
     original = changeable(model)
     originals = {mlp.segment: mlp for mlp in adapter_for(original).mlps(original)}
@@ -82,11 +82,10 @@ def relu_mlps(
     last = max(index for index, segment in enumerate(chain) if segment.name in mlps)
     with progress.phase("MLP reconstruction", iterations * len(mlps)) as bar:
         for index, segment in enumerate(chain[: last + 1]):
-            mlp = mlps.get(segment.name)
-            if mlp is None:
+            if segment.name not in mlps:
                 store = store.map(segment.run, batch_size, segment.name)
                 continue
-            learner = _Learner(segment, originals[segment.name], mlp)
+            learner = _Learner(segment, originals[segment.name], mlps[segment.name])
             both = store.map(learner.run, batch_size, segment.name)
             assert isinstance(both, TupleStore)
             store, inputs = both.parts
@@ -129,7 +128,9 @@ class _Learner:
         seen: list[Tensor] = []
         handle = self.given.fc1.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
         try:
-            return self.segment.run(x), seen[0]
+            output = self.segment.run(x)
+            assert isinstance(output, Tensor)
+            return output, seen[0]
         finally:
             handle.remove()
 

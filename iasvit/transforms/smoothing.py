@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from iasvit.calibration import calibration_store
 from iasvit.errors import IasvitError
 from iasvit.methods import Calibration
-from iasvit.models import NormLinearPair, adapter_for, segments
+from iasvit.models import Activation, NormLinearPair, adapter_for, segments
 from iasvit.transforms.record import Step, changeable, recorded
 
 
@@ -48,7 +48,7 @@ def smooth_channels(
     handles = [pair.norm.register_forward_hook(watch) for pair in pairs]
     try:
         for batch in calibration_store(images, device, memory_budget).batches(batch_size):
-            x = batch
+            x: Activation = batch
             for segment in segments(result):
                 x = segment.run(x)
     finally:
