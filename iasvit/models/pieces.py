@@ -93,12 +93,14 @@ def attend(between: nn.Module, given: tuple[Any, ...], count: int, *arguments: A
         count: of the modules that begin the arguments, the first and the last of them QuantMatMuls.
         arguments: the modules; query, key (transposed) and value, with the batch first; whatever else is needed.
     """
+    if torch.compiler.is_compiling():  # for an export, too, whose batch has no size
+        return between(*arguments)
     modules, (query, key, value), others = arguments[:count], arguments[count : count + 3], arguments[count + 3 :]
     first, *middle, second = modules
     unit = max((len(mask) for mask in given if isinstance(mask, Tensor)), default=1)
     size = query.numel() // query.shape[-1] * key.shape[-1]
     rows = max(1, PIECE * torch.get_num_threads() * len(query) // (size * unit)) * unit
-    whole = not query.is_cpu or query.requires_grad or rows >= len(query) or torch.compiler.is_compiling()
+    whole = not query.is_cpu or query.requires_grad or rows >= len(query)
     if whole or any(map(_watched, modules)):
         return between(*arguments)
     query, key, value = first.left_quantizer(query), first.quantized_right(key), second.quantized_right(value)

@@ -1,0 +1,67 @@
+"""Run an exported file as if it were the model: the harness evaluates through it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from iasvit.errors import IasvitError, reason
+from iasvit.export.extras import imported
+
+BACKENDS = ("onnxruntime", "openvino")
+
+
+class ExportedModel(nn.Module):
+    """images (B, C, H, W) → the file's outputs, computed by a runtime; one tensor where there is one.
+
+    Args:
+        path: of `export_onnx`.
+        backend: "onnxruntime" or "openvino".
+        threads: of the runtime; None for torch's number.
+
+    Raises:
+        IasvitError: another backend, its package is not installed, or it does not read the file.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], backend: str = "onnxruntime", threads: int | None = None) -> None:
+        super().__init__()
+        if backend not in BACKENDS:
+            raise IasvitError(f"backend {backend!r} is not known; there are {', '.join(BACKENDS)}")
+        if not Path(path).is_file():
+            raise IasvitError(f"{path} does not exist; give a file that iasvit.export_onnx wrote")
+        self.backend = backend
+        open_ = _onnxruntime if backend == "onnxruntime" else _openvino
+        package = imported(backend, "export" if backend == "onnxruntime" else "openvino")
+        try:
+            self.session, self._run = open_(package, str(path), threads or torch.get_num_threads())
+        except Exception as error:
+            raise IasvitError(f"{backend} cannot read {path} ({reason(error)[:200]})") from error
+
+    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """The outputs, on the CPU."""
+        outputs = tuple(torch.from_numpy(output) for output in self._run(images.detach().cpu().numpy()))
+        return outputs[0] if len(outputs) == 1 else outputs
+
+
+def _onnxruntime(package: Any, path: str, threads: int) -> tuple[Any, Any]:
+    options = package.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = package.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    (name,) = (value.name for value in session.get_inputs())
+    return session, lambda images: session.run(None, {name: images})
+
+
+def _openvino(package: Any, path: str, threads: int) -> tuple[Any, Any]:
+    # float32, where the CPU has bfloat16 too: codes would be others.
+    settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
+    compiled = package.Core().compile_model(path, "CPU", settings)
+
+    def run(images: Any) -> Sequence[Any]:
+        return [output.copy() for output in compiled(images).values()]
+
+    return compiled, run
