@@ -12,7 +12,7 @@ from torch import nn
 
 from iasvit.errors import IasvitError
 from iasvit.export.graph import Graph
-from iasvit.export.operands import Operand, operand
+from iasvit.export.operands import Operand, Plane, operand
 from iasvit.export.products import Emitter, conv_attributes
 from iasvit.nn import QuantConv2d, QuantMatMul
 from iasvit.nn.layers import QuantLayer
@@ -24,10 +24,17 @@ INTEGER, FLOAT = "int8", "float"
 
 @dataclass
 class Lowering:
-    """What `lower` did: layer or product → INTEGER, or FLOAT with the reason."""
+    """What `lower` did.
+
+    Attributes:
+        forms: layer or product → INTEGER or FLOAT.
+        why: the reason of each that is FLOAT.
+        operands: path of a quantizer → what stands for its output in the graph.
+    """
 
     forms: dict[str, str] = field(default_factory=dict)
     why: dict[str, str] = field(default_factory=dict)
+    operands: dict[str, Operand] = field(default_factory=dict)
 
     def note(self, path: str, why: str = "") -> None:
         self.forms[path] = FLOAT if why else INTEGER
@@ -103,7 +110,7 @@ class _Lower:
 
     def _linear(self, x: str, path: str, layer: Any) -> str:
         bias = _bias(layer)
-        left, why = self._input(layer.input_quantizer, x)
+        left, why = self._input(layer.input_quantizer, x, path)
         right = self.emit.weight(layer, _largest(left), transpose=True)
         if right is None:
             self.done.note(path, "its weight has no integer form")
@@ -116,7 +123,7 @@ class _Lower:
 
     def _convolution(self, x: str, path: str, layer: QuantConv2d) -> str:
         bias = _bias(layer)
-        left, why = self._input(layer.input_quantizer, x)
+        left, why = self._input(layer.input_quantizer, x, path)
         right = self.emit.weight(layer, _largest(left), transpose=False)
         if not why and right is not None:
             result = self.emit.convolution(layer, left, right, bias)
@@ -140,11 +147,11 @@ class _Lower:
         counts = g.add("Cast", plane.codes, to=1)
         return g.add("Mul", g.add("Sub", counts, g.constant(plane.zero_point + plane.rest)), g.constant(plane.scale))
 
-    def _input(self, quantizer: Quantizer | None, x: str) -> tuple[Operand, str]:
+    def _input(self, quantizer: Quantizer | None, x: str, path: str) -> tuple[Operand, str]:
         """The left operand that a layer's input is, and why it stays float ("" where it does not)."""
         if quantizer is None or not quantizer.enabled:
             return Operand(values=x), "its input is not quantized"
-        left = operand(quantizer, self.graph, x)
+        left = self.done.operands[f"{path}.input_quantizer"] = operand(quantizer, self.graph, x)
         return left, left.why
 
     # ---- products ----------------------------------------------------------------------------------------------------
@@ -154,11 +161,13 @@ class _Lower:
         if not (first.enabled and second.enabled):
             raise IasvitError("a product with an operand that is not quantized has no form; quantize both")
         log = self._logarithm(left) if isinstance(first, (Log2Quantizer, AdaLogQuantizer)) else ""
-        a = operand(first, g, left, log)
+        a = self.done.operands[f"{path}.left_quantizer"] = operand(first, g, left, log)
         maker = self.makers.get(right)
         transpose = maker if maker is not None and maker.op_type == "Transpose" else None
         source = right if transpose is None else transpose.input[0]
         b = self.emit.activation(second, source, _largest(a))
+        plane = Plane(b.codes, float(b.scale), int(b.zero_point), int(b.rest))
+        self.done.operands[f"{path}.right_quantizer"] = Operand([plane])
         if transpose is not None:  # bytes are transposed, not floats
             perm = list(next(attribute.ints for attribute in transpose.attribute if attribute.name == "perm"))
             b = replace(b, codes=g.add("Transpose", b.codes, perm=perm))

@@ -6,7 +6,7 @@ import copy
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,11 @@ from iasvit.errors import IasvitError, StorageError, reason
 from iasvit.export.extras import imported
 from iasvit.files import replacing
 from iasvit.summary import layer_bits
+
+if TYPE_CHECKING:
+    import onnx
+
+    from iasvit.export.lower import Lowering
 
 TARGETS = ("onnxruntime", "onnx", "openvino")
 OPSETS = range(20, 24)
@@ -72,18 +77,18 @@ def export_onnx(
         raise IasvitError(f"{path} is a folder; name a file such as {path / 'model.onnx'}")
     if path.exists() and not force:
         raise IasvitError(f"{path} exists already; choose another name, or replace it with force=True or --force")
-    onnx = imported("onnx", "export")
+    library = imported("onnx", "export")
     imported("onnxscript", "export")
     if not hasattr(torch.onnx, "ops"):
         raise IasvitError(f"torch {torch.__version__} cannot export integers; 2.8 or newer is needed")
     try:
         with replacing(path) as temporary:
-            proto, forms = graph_of(model, quantization, target, opset, vnni, image_size)
-            onnx.save(proto, temporary)
-            onnx.checker.check_model(str(temporary))
+            proto, done = graph_of(model, quantization, target, opset, vnni, image_size)
+            library.save(proto, temporary)
+            library.checker.check_model(str(temporary))
     except OSError as error:
         raise StorageError(f"{path} cannot be written: {reason(error)}") from error
-    return forms
+    return forms_of(done)
 
 
 def graph_of(
@@ -93,8 +98,8 @@ def graph_of(
     opset: int,
     vnni: bool,
     image_size: tuple[int, int] | None,
-) -> tuple[Any, dict[str, str]]:
-    """The graph (an onnx.ModelProto), and the form of each layer as `export_onnx` returns it."""
+) -> tuple[onnx.ModelProto, Lowering]:
+    """The graph, and what was done to each layer."""
     from iasvit.export.lower import DOMAIN, lower
     from iasvit.export.trace import traced_graph
 
@@ -109,9 +114,6 @@ def graph_of(
             del proto.opset_import[index]
     if target == "onnxruntime":
         proto.opset_import.add(domain="com.microsoft", version=1)
-    forms = {path: f"float, {done.why[path]}" if path in done.why else form for path, form in done.forms.items()}
-    prefix = "model." if isinstance(exported, Features) else ""
-    forms = {path.removeprefix(prefix): form for path, form in forms.items()}
     bits = {name: (weights, inputs) for name, weights, inputs in layer_bits(model)}
     facts = {
         "method": quantization.method,
@@ -120,24 +122,34 @@ def graph_of(
         "data": quantization.data,
         "target": target,
         "vnni": vnni,
-        "forms": forms,
+        "forms": forms_of(done),
         "bits": bits,
     }
     entry = proto.metadata_props.add()
     entry.key, entry.value = KEY, json.dumps(facts)
     proto.producer_name = "iasvit"
-    return proto, forms
+    return proto, done
+
+
+def forms_of(done: Lowering) -> dict[str, str]:
+    """See `export_onnx`: what it returns."""
+    return {
+        path.removeprefix(Features.PREFIX): f"{form}, {done.why[path]}" if path in done.why else form
+        for path, form in done.forms.items()
+    }
 
 
 class Features(nn.Module):
     """Backbone and neck of a detector: images → the neck's maps."""
 
+    PREFIX = "detector."  # of paths
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model = model
+        self.detector = model
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        return tuple(self.model.extract_feat(images))
+        return tuple(self.detector.extract_feat(images))
 
 
 def exported_part(model: nn.Module) -> tuple[nn.Module, list[str]]:

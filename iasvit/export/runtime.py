@@ -38,7 +38,7 @@ class ExportedModel(nn.Module):
         open_ = _onnxruntime if backend == "onnxruntime" else _openvino
         package = imported(backend, "export" if backend == "onnxruntime" else "openvino")
         try:
-            self.session, self._run = open_(package, str(path), threads or torch.get_num_threads())
+            self.session, self._run = open_(package, str(path), threads or threads_of())
         except Exception as error:
             raise IasvitError(f"{backend} cannot read {path} ({reason(error)[:200]})") from error
 
@@ -65,3 +65,8 @@ def _openvino(package: Any, path: str, threads: int) -> tuple[Any, Any]:
         return [output.copy() for output in compiled(images).values()]
 
     return compiled, run
+
+
+def threads_of() -> int:
+    """How many threads a runtime gets: torch's number."""
+    return torch.get_num_threads()
