@@ -23,9 +23,11 @@ class Graph:
 
     Args:
         prefix: of all names.
+        centred: whether activations are to be counted from their zero-point on, so that none stands in the file.
     """
 
-    def __init__(self, prefix: str) -> None:
+    def __init__(self, prefix: str, centred: bool = False) -> None:
+        self.centred = centred
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: dict[str, onnx.TensorProto] = {}
         self._constants: dict[tuple[str, tuple[int, ...], bytes], str] = {}

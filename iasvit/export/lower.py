@@ -53,7 +53,7 @@ def lower(traced: onnx.ModelProto, model: nn.Module, target: str, vnni: bool) ->
     Raises:
         IasvitError: a quantizer has no form; the message names its layer.
     """
-    graph = Graph("q_")
+    graph = Graph("q_", centred=target == "openvino")
     work = _Lower(traced.graph, graph, Emitter(graph, target, vnni), Lowering())
     for node in traced.graph.node:
         if node.domain != DOMAIN:
@@ -163,7 +163,7 @@ class _Lower:
         log = self._logarithm(left) if isinstance(first, (Log2Quantizer, AdaLogQuantizer)) else ""
         a = self.done.operands[f"{path}.left_quantizer"] = operand(first, g, left, log)
         maker = self.makers.get(right)
-        transpose = maker if maker is not None and maker.op_type == "Transpose" else None
+        transpose = maker if maker is not None and maker.op_type == "Transpose" and not g.centred else None
         source = right if transpose is None else transpose.input[0]
         b = self.emit.activation(second, source, _largest(a))
         plane = Plane(b.codes, float(b.scale), int(b.zero_point), int(b.rest))

@@ -101,6 +101,8 @@ def uniform_plane(quantizer: UniformQuantizer, graph: Graph, x: str, *, signed: 
     scale, zero_point, largest = _as_float(quantizer.scale), int(quantizer.zero_point), quantizer.n_levels - 1
     dtype = np.int8 if signed else np.uint8
     info = np.iinfo(dtype)
+    if graph.centred and (centred := _centred_plane(graph, x, scale, -zero_point, largest - zero_point)):
+        return centred
     if info.min <= zero_point <= info.max:
         codes = graph.add("QuantizeLinear", x, graph.constant(scale), graph.constant(zero_point, dtype))
         if largest < info.max or info.min < 0:
@@ -112,6 +114,22 @@ def uniform_plane(quantizer: UniformQuantizer, graph: Graph, x: str, *, signed: 
     )
     codes = graph.add("Cast", inside, to=INT8 if signed else UINT8)
     return Plane(codes, scale, rest=zero_point, largest=largest, signed=signed)
+
+
+def _centred_plane(graph: Graph, x: str, scale: float, low: int, high: int) -> Plane | None:
+    """Counts clip(round(x / s), low, high), clipped before they are rounded, which is the same; None if they do not fit.
+
+    A clip, a QuantizeLinear and a DequantizeLinear without zero-points are what OpenVINO makes one step of.
+    """
+    if low >= 0 and high <= 255:
+        dtype: type = np.uint8
+    elif low >= -128 and high <= 127:
+        dtype = np.int8
+    else:
+        return None
+    inside = graph.add("Clip", x, graph.constant(low * scale), graph.constant(high * scale))
+    codes = graph.add("QuantizeLinear", inside, graph.constant(scale), graph.constant(0, dtype))
+    return Plane(codes, scale, largest=max(-low, high), signed=dtype is np.int8)
 
 
 @operand.register

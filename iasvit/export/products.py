@@ -89,7 +89,7 @@ class Emitter:
             )
         signed = self.fits_signed(left_largest, quantizer.n_levels - 1)
         plane = uniform_plane(quantizer, self.graph, x, signed=signed)
-        dtype = np.int8 if signed else np.uint8
+        dtype = np.int8 if plane.signed else np.uint8
         return Right(plane.codes, dtype, np.float32(plane.scale), np.asarray(plane.zero_point), np.asarray(plane.rest))
 
     # ---- products ----------------------------------------------------------------------------------------------------
@@ -131,10 +131,7 @@ class Emitter:
         if left.rest or right.rest.any():
             return self._with_rests(left, right, bias)
         if self.target == "openvino":
-            a = g.add(
-                "DequantizeLinear", left.codes, g.constant(left.scale), g.constant(left.zero_point, np.uint8)
-            )
-            total = g.add("MatMul", a, self.dequantized(right))
+            total = g.add("MatMul", self._dequantized(left), self.dequantized(right))
             return total if bias is None else g.add("Add", total, g.constant(bias))
         if self.target == "onnxruntime":
             scale, zero = np.broadcast_arrays(right.scale, right.zero_point)
@@ -143,6 +140,10 @@ class Emitter:
             inputs += [] if bias is None else [g.constant(bias)]
             return g.add("MatMulIntegerToFloat", *inputs, domain=RUNTIME_DOMAIN)
         return self._scaled(self._integers(left, right), left, right, bias)
+
+    def _dequantized(self, plane: Plane) -> str:
+        zero = self.graph.constant(plane.zero_point, np.int8 if plane.signed else np.uint8)
+        return self.graph.add("DequantizeLinear", plane.codes, self.graph.constant(plane.scale), zero)
 
     def _integers(self, left: Plane, right: Right) -> str:
         g = self.graph
@@ -192,7 +193,7 @@ class Emitter:
         geometry = conv_attributes(layer)
         column = (1, -1, 1, 1)
         if self.target == "openvino":
-            a = g.add("DequantizeLinear", plane.codes, g.constant(plane.scale), g.constant(plane.zero_point, np.uint8))
+            a = self._dequantized(plane)
             inputs = [a, self.dequantized(right, axis=0)] + ([] if bias is None else [g.constant(bias)])
             return g.add("Conv", *inputs, **geometry)
         zeros = [g.constant(plane.zero_point, np.uint8), g.constant(right.zero_point, right.dtype)]
