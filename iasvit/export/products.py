@@ -55,7 +55,7 @@ class Emitter:
 
     def fits_signed(self, left_largest: int, right_largest: int) -> bool:
         """Whether products of codes of at most these sizes, as uint8 × int8, are exact on the CPU meant."""
-        return right_largest <= 127 and (self.vnni or 2 * left_largest * right_largest <= PAIR)
+        return self.vnni or 2 * left_largest * right_largest <= PAIR
 
     # ---- right operands ----------------------------------------------------------------------------------------------
 
@@ -70,7 +70,7 @@ class Emitter:
         counts = codes - zero_point.reshape(rows if zero_point.ndim else ())
         scale = quantizer.scale.numpy()
         dtype: Any
-        if counts.min() >= -128 and self.fits_signed(left_largest, int(np.abs(counts).max())):
+        if counts.min() >= -128 and counts.max() <= 127 and self.fits_signed(left_largest, int(np.abs(counts).max())):
             stored, dtype, zero, rest = counts, np.int8, np.zeros((), np.int64), np.zeros((), np.int64)
         elif zero_point.min() >= 0 and zero_point.max() <= 255:
             zero = zero_point[()] if (zero_point == zero_point.flat[0]).all() and not zero_point.ndim else zero_point
@@ -87,7 +87,8 @@ class Emitter:
             raise IasvitError(
                 f"its right operand has a quantizer of kind {quantizer.kind!r}; exported are uniform ones of one scale"
             )
-        signed = self.fits_signed(left_largest, quantizer.n_levels - 1)
+        largest = quantizer.n_levels - 1
+        signed = largest <= 127 and self.fits_signed(left_largest, largest)
         plane = uniform_plane(quantizer, self.graph, x, signed=signed)
         dtype = np.int8 if plane.signed else np.uint8
         return Right(plane.codes, dtype, np.float32(plane.scale), np.asarray(plane.zero_point), np.asarray(plane.rest))
@@ -147,7 +148,7 @@ class Emitter:
 
     def _integers(self, left: Plane, right: Right) -> str:
         g = self.graph
-        zeros = [g.constant(left.zero_point, np.uint8)]
+        zeros = [g.constant(left.zero_point, np.int8 if left.signed else np.uint8)]
         zeros += [g.constant(right.zero_point, right.dtype)] if right.zero_point.any() else []
         return g.add("MatMulInteger", left.codes, right.codes, *zeros)
 
