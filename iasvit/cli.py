@@ -163,7 +163,9 @@ def _show(file: Annotated[Path, typer.Argument(help="Of iasvit.save, run --save 
 def _export(
     file: Annotated[Path, typer.Argument(help="Of iasvit.save, or of run --save.")],
     out: Annotated[Path, typer.Argument(help="The ONNX file to write.")],
-    target: Annotated[str, typer.Option(help="onnxruntime, onnx (standard operators alone) or openvino.")] = "onnxruntime",
+    target: Annotated[
+        str, typer.Option(help="onnxruntime, onnx (standard operators alone) or openvino.")
+    ] = "onnxruntime",
     opset: Annotated[int, typer.Option(help="Version of ONNX's operators.")] = 20,
     vnni: Annotated[bool, typer.Option("--vnni", help="For CPUs with VNNI alone: W8A8 is faster there.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT if it is there.")] = False,

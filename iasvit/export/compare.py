@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from iasvit.export.extras import imported
-from iasvit.export.onnx_file import Features, exported_part, graph_of
+from iasvit.export.onnx_file import Features, exported_part, forms_of, graph_of
 from iasvit.export.operands import Operand
 from iasvit.export.runtime import threads_of
 from iasvit.quantizers import Quantizer
@@ -49,6 +49,7 @@ class Comparison:
         proto, done = graph_of(model, model.quantization, target, 20, False, None)
         prefix = Features.PREFIX if isinstance(exported_part(model)[0], Features) else ""
         self.operands = {path.removeprefix(prefix): operand for path, operand in done.operands.items()}
+        self.forms = forms_of(done)
         self.outputs = [value.name for value in proto.graph.output]
         names = dict.fromkeys(name for operand in self.operands.values() for name in _names(operand))
         proto.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in names)

@@ -98,7 +98,7 @@ class _Lower:
 
     def replace(self, node: onnx.NodeProto, path: str, module: nn.Module) -> None:
         if isinstance(module, QuantMatMul):
-            result = self._product(*node.input, path, module)
+            result = self._product(node.input[0], node.input[1], path, module)
         elif isinstance(module, QuantConv2d):
             result = self._convolution(node.input[0], path, module)
         else:

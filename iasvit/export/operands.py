@@ -185,9 +185,7 @@ def _(quantizer: TwinSoftmaxQuantizer, graph: Graph, x: str, log_x: str = "") ->
 # ---- logarithmic -----------------------------------------------------------------------------------------------------
 
 
-def _log_codes(
-    quantizer: Quantizer, graph: Graph, log_x: str, step: float, zero_point: int
-) -> tuple[str, int]:
+def _log_codes(quantizer: Quantizer, graph: Graph, log_x: str, step: float, zero_point: int) -> tuple[str, int]:
     """Codes counted from the far end: r = 2^b - 1 - q = clip(round(log_x / step) + zero_point, 0, 2^b - 1).
 
     Returns:
@@ -204,9 +202,7 @@ def _log_codes(
     return graph.add("Cast", inside, to=UINT8), zero_point
 
 
-def _power_planes(
-    graph: Graph, powers: str, first: int, last: int, unit: float, mask: str = ""
-) -> list[Plane]:
+def _power_planes(graph: Graph, powers: str, first: int, last: int, unit: float, mask: str = "") -> list[Plane]:
     """Planes of values 2^-e·unit, e an integer from `first` to `last`; what lies beyond is 0.
 
     Args:
@@ -241,9 +237,7 @@ def _(quantizer: Log2Quantizer, graph: Graph, x: str, log_x: str = "") -> Operan
     log_x = log_x or graph.add("Log", x)
     relative = graph.add("Sub", log_x, graph.constant(math.log(scale))) if scale != 1 else log_x
     codes, one = _log_codes(quantizer, graph, relative, LN2 / k, largest)
-    exponents = graph.add(
-        "DequantizeLinear", codes, graph.constant(LN2 / k), graph.constant(one, np.uint8)
-    )
+    exponents = graph.add("DequantizeLinear", codes, graph.constant(LN2 / k), graph.constant(one, np.uint8))
     powers = graph.add("Exp", exponents)  # 2^(-q/k)
     last = largest - 1 if quantizer.zero_code else largest
     if k * _plane_count(0, -(-last // k)) > MOST_PLANES:

@@ -124,7 +124,9 @@ class Emitter:
             axes = {"axis": axis} if scale.ndim else {}
             return g.add("DequantizeLinear", right.codes, g.constant(scale), g.constant(zero, right.dtype), **axes)
         shape = (-1, *[1] * (-1 - axis)) if axis < 0 else (-1, 1, 1, 1)
-        zero, scale = (np.asarray(v).reshape(shape) if np.ndim(v) else v for v in (right.zero_point + right.rest, right.scale))
+        zero, scale = (
+            np.asarray(v).reshape(shape) if np.ndim(v) else v for v in (right.zero_point + right.rest, right.scale)
+        )
         return g.add("Mul", g.add("Sub", g.add("Cast", right.codes, to=FLOAT), g.constant(zero)), g.constant(scale))
 
     def _plane(self, left: Plane, right: Right, bias: np.ndarray | None) -> str:

@@ -12,7 +12,6 @@ from iasvit.export.extras import imported
 from iasvit.export.onnx_file import KEY
 
 
-
 def summary(path: str | os.PathLike[str]) -> str:
     """How an exported model was made, its inputs and outputs, its operators, and the form of each layer.
 
@@ -34,7 +33,9 @@ def summary(path: str | os.PathLike[str]) -> str:
             ("target", facts["target"] + (", for VNNI alone" if facts["vnni"] else "")),
         ]
     except Exception as error:
-        raise IasvitError(f"{path} is no exported model ({reason(error)[:100]}); give a file of iasvit export") from error
+        raise IasvitError(
+            f"{path} is no exported model ({reason(error)[:100]}); give a file of iasvit export"
+        ) from error
     heads += [
         ("opset", ", ".join(f"{entry.domain or 'ai.onnx'} {entry.version}" for entry in proto.opset_import)),
         ("input", ", ".join(map(_described, proto.graph.input))),

@@ -97,10 +97,11 @@ def traced_graph(model: nn.Module, images: Tensor, outputs: Sequence[str], opset
                 optimize=True,
             )
     except Exception as error:
-        while error.__cause__ is not None:  # the first says what is at fault
-            error = error.__cause__
+        first: BaseException = error
+        while first.__cause__ is not None:  # which says what is at fault
+            first = first.__cause__
         raise IasvitError(
-            f"the {type(model).__name__} given cannot be traced at opset {opset} ({reason(error)[:300]})"
+            f"the {type(model).__name__} given cannot be traced at opset {opset} ({reason(first)[:300]})"
         ) from error
     proto = program.model_proto
     found = next((entry.version for entry in proto.opset_import if entry.domain == ""), opset)
