@@ -21,6 +21,7 @@ from iasvit.benchmark.task import list_tasks, load_task_class
 from iasvit.errors import IasvitError
 from iasvit.interrupts import Ended, interruptible, is_default
 
+BY_NAME = "iasvit.methods.by_name"  # as in iasvit.methods, which imports torch
 COMMANDS = "iasvit.commands"  # what needs models and data of tasks, and so is no part of the core
 BAD_INPUT, INTERRUPTED, TERMINATED = 2, 130, 143
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -142,8 +143,8 @@ def _run_task() -> None:
 @_app.command("list")
 def _list() -> None:
     """Print the registered methods and tasks, and where each comes from."""
-    for group in ("iasvit.methods", TASKS):
-        print(f"{group.rpartition('.')[2]}:")
+    for group, heading in (("iasvit.methods", "methods"), (BY_NAME, "methods, run where named"), (TASKS, "tasks")):
+        print(f"{heading}:")
         for entry in sorted(entry_points(group=group), key=lambda entry: entry.name):
             print(f"  {entry.name:<20} {entry.value}")
 

@@ -19,6 +19,7 @@ from iasvit.progress import Progress
 from iasvit.spec import QuantSpec
 
 GROUP = "iasvit.methods"
+BY_NAME = "iasvit.methods.by_name"  # methods that are run where they are named, and are not among "all methods"
 Calibration = torch.Tensor | Iterable[torch.Tensor]
 
 
@@ -48,13 +49,14 @@ class Method(Protocol):
         ...
 
 
-def _entries() -> dict[str, EntryPoint]:
-    return {entry.name: entry for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name)}
+def _entries(*groups: str) -> dict[str, EntryPoint]:
+    found = [entry for group in groups or (GROUP, BY_NAME) for entry in entry_points(group=group)]
+    return {entry.name: entry for entry in sorted(found, key=lambda entry: entry.name)}
 
 
 def list_methods() -> list[str]:
-    """Names of all registered methods, sorted."""
-    return list(_entries())
+    """Names of all registered methods, sorted; without those of the group BY_NAME, which need a package of their own."""
+    return list(_entries(GROUP))
 
 
 _VARIANT = re.compile(r"(\w+)(?:\[((?:-\w+|\w+=[\w.+]+)(?:,?-\w+|,\w+=[\w.+]+)*)\])?")
