@@ -49,14 +49,14 @@ class Method(Protocol):
         ...
 
 
-def _entries(*groups: str) -> dict[str, EntryPoint]:
-    found = [entry for group in groups or (GROUP, BY_NAME) for entry in entry_points(group=group)]
+def _entries() -> dict[str, EntryPoint]:
+    found = [*entry_points(group=GROUP), *entry_points(group=BY_NAME)]
     return {entry.name: entry for entry in sorted(found, key=lambda entry: entry.name)}
 
 
 def list_methods() -> list[str]:
-    """Names of all registered methods, sorted; without those of the group BY_NAME, which need a package of their own."""
-    return list(_entries(GROUP))
+    """Names of all registered methods, sorted; not of those of the group BY_NAME, which need packages of their own."""
+    return [name for name, entry in _entries().items() if entry.group != BY_NAME]
 
 
 _VARIANT = re.compile(r"(\w+)(?:\[((?:-\w+|\w+=[\w.+]+)(?:,?-\w+|,\w+=[\w.+]+)*)\])?")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from iasvit.export.extras import imported
-from iasvit.export.onnx_file import Features, exported_part, forms_of, graph_of
+from iasvit.export.onnx_file import OPSETS, Features, exported_part, forms_of, graph_of
 from iasvit.export.operands import Operand
 from iasvit.export.runtime import threads_of
 from iasvit.quantizers import Quantizer
@@ -41,12 +41,14 @@ class Comparison:
 
     Args:
         model: as of `export_onnx`; not changed.
-        target: as of `export_onnx`.
+        target, image_size: as of `export_onnx`.
     """
 
-    def __init__(self, model: nn.Module, target: str = "onnxruntime") -> None:
+    def __init__(
+        self, model: nn.Module, target: str = "onnxruntime", image_size: tuple[int, int] | None = None
+    ) -> None:
         onnx, runtime = imported("onnx", "export"), imported("onnxruntime", "export")
-        proto, done = graph_of(model, model.quantization, target, 20, False, None)
+        proto, done = graph_of(model, model.quantization, target, OPSETS[0], False, image_size)
         prefix = Features.PREFIX if isinstance(exported_part(model)[0], Features) else ""
         self.operands = {path.removeprefix(prefix): operand for path, operand in done.operands.items()}
         self.forms = forms_of(done)

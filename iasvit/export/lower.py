@@ -158,8 +158,11 @@ class _Lower:
 
     def _product(self, left: str, right: str, path: str, module: QuantMatMul) -> str:
         g, first, second = self.graph, module.left_quantizer, module.right_quantizer
-        if not (first.enabled and second.enabled):
-            raise IasvitError("a product with an operand that is not quantized has no form; quantize both")
+        if first.enabled != second.enabled:
+            raise IasvitError("one operand alone of this product is quantized, which has no form; quantize both")
+        if not first.enabled:
+            self.done.note(path, "its operands are not quantized")
+            return g.add("MatMul", left, right)
         log = self._logarithm(left) if isinstance(first, (Log2Quantizer, AdaLogQuantizer)) else ""
         a = self.done.operands[f"{path}.left_quantizer"] = operand(first, g, left, log)
         maker = self.makers.get(right)

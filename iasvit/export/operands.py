@@ -117,7 +117,7 @@ def uniform_plane(quantizer: UniformQuantizer, graph: Graph, x: str, *, signed: 
 
 
 def _centred_plane(graph: Graph, x: str, scale: float, low: int, high: int) -> Plane | None:
-    """Counts clip(round(x / s), low, high), clipped before they are rounded, which is the same; None if they do not fit.
+    """Counts clip(round(x / s), low, high), clipped before rounding, which is the same; None where they do not fit.
 
     A clip, a QuantizeLinear and a DequantizeLinear without zero-points are what OpenVINO makes one step of.
     """

@@ -188,7 +188,7 @@ class Emitter:
     # ---- convolution -------------------------------------------------------------------------------------------------
 
     def convolution(self, layer: torch.nn.Conv2d, left: Operand, right: Right, bias: np.ndarray | None) -> str | None:
-        """A convolution of integers; None where a code for the padding's 0 or the weight's zero-points does not exist."""
+        """A convolution of integers; None where no code stands for the padding's 0 or for the weight's zero-points."""
         g = self.graph
         (plane, *others) = left.planes or [Plane("", 0.0, rest=1)]
         if others or plane.rest or right.rest.any() or right.zero_point.ndim or layer.padding_mode != "zeros":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -38,8 +39,9 @@ QUANTIZED = {
 def quantized() -> dict[str, nn.Module]:
     """The tiny models, quantized."""
     images = tiny_models.images()
+    changes: dict[str, dict] = {"vit": {"depth": 1}, "deit": {"depth": 1}, "swin": {"depths": (2, 1)}}
     return {
-        family: iasvit.quantize(tiny_models.MODELS[family](), images, spec, method, **options)
+        family: iasvit.quantize(tiny_models.MODELS[family](**changes[family]), images, spec, method, **options)
         for family, (method, spec, options) in QUANTIZED.items()
     }
 
@@ -87,8 +89,8 @@ def test_what_the_targets_are_made_of(files: dict[str, Path]) -> None:
         target: Counter((node.domain, node.op_type) for node in onnx.load(path).graph.node)
         for target, path in files.items()
     }
-    products = 2 * 6 + 1
-    planes = products + 2 * 2  # PTQ4ViT's twin quantizers have two
+    products = 6 + 1
+    planes = products + 2  # PTQ4ViT's twin quantizers have two
     assert operators["onnxruntime"]["com.microsoft", "MatMulIntegerToFloat"] == planes
     assert operators["onnx"]["", "MatMulInteger"] == operators["openvino"]["", "MatMul"] == planes
     for target in ("onnx", "openvino"):
@@ -102,7 +104,7 @@ def test_weights_are_bytes(files: dict[str, Path], quantized: dict[str, nn.Modul
     weights = sum(p.numel() for name, p in quantized["vit"].named_parameters() if p.ndim > 1 and "pos" not in name)
     others = sum(p.numel() for p in quantized["vit"].parameters()) - weights
     assert floats < others + 3000  # biases, norms, embeddings; scales of channels
-    assert sum(t.data_type == onnx.TensorProto.INT8 for t in tensors) >= 10
+    assert sum(t.data_type == onnx.TensorProto.INT8 for t in tensors) >= 5
 
 
 def test_openvino_reads_the_file(files: dict[str, Path], quantized: dict[str, nn.Module]) -> None:
@@ -173,6 +175,21 @@ def test_backends_that_are_none(tmp_path: Path) -> None:
     assert BACKENDS == ("onnxruntime", "openvino")
 
 
+# ---- what README says ------------------------------------------------------------------------------------------------
+
+
+def test_ten_lines_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    (block,) = [b for b in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL) if "export_onnx" in b]
+    assert len(block.strip().splitlines()) <= 10
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("timm.create_model", lambda name, pretrained: tiny_models.vit(depth=1))
+    names: dict = {}
+    exec(block.replace("224, 224", "32, 32"), names)
+    with torch.no_grad():
+        assert np.allclose(names["logits"], names["quantized"](names["images"][:1]).numpy(), atol=1e-4)
+
+
 # ---- commands --------------------------------------------------------------------------------------------------------
 
 
@@ -193,7 +210,7 @@ def test_the_commands(
     iasvit.save(quantized["deit"], saved)
     assert run(monkeypatch, "export", saved, out) == 0
     printed = capsys.readouterr().out
-    assert f"{out}: 14 of 15 layers and products on integers" in printed
+    assert f"{out}: 8 of 9 layers and products on integers" in printed
     assert "in float: patch_embed.proj (its input is not quantized)" in printed
     assert run(monkeypatch, "export", saved, out) == 2
     assert "--force" in capsys.readouterr().err
