@@ -16,7 +16,6 @@ from iasvit.quantizers import Quantizer, UniformQuantizer
 
 # A CPU without VNNI adds two products of uint8 and int8 in 16 bits and saturates: 255·64·2 still fits, 255·127·2 not.
 PAIR = 2**15 - 1
-TARGETS = ("onnxruntime", "onnx", "openvino")
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ class Emitter:
 
     Attributes:
         graph: where nodes go.
-        target: one of TARGETS.
+        target: as of `export_onnx`.
         vnni: whether the CPU meant adds u8 × s8 without saturation, so that 8-bit weights may be int8 beside 8-bit
             activations.
     """
@@ -62,7 +61,8 @@ class Emitter:
     def weight(self, layer: QuantLayer, left_largest: int, *, transpose: bool) -> Right | None:
         """The weight of a layer, (out, in) or transposed; None where its quantizer has no integer form."""
         quantizer = layer.weight_quantizer
-        if not isinstance(quantizer, UniformQuantizer) or quantizer.channel_dim not in (None, 0):
+        uniform = isinstance(quantizer, UniformQuantizer) and quantizer.channel_dim in (None, 0)
+        if not uniform or not quantizer.enabled:
             return None
         codes = quantizer.encode(layer.weight.detach()).numpy().astype(np.int64)
         rows = (-1, *[1] * (codes.ndim - 1))
@@ -73,13 +73,12 @@ class Emitter:
         if counts.min() >= -128 and counts.max() <= 127 and self.fits_signed(left_largest, int(np.abs(counts).max())):
             stored, dtype, zero, rest = counts, np.int8, np.zeros((), np.int64), np.zeros((), np.int64)
         elif zero_point.min() >= 0 and zero_point.max() <= 255:
-            zero = zero_point[()] if (zero_point == zero_point.flat[0]).all() and not zero_point.ndim else zero_point
-            stored, dtype, rest = codes, np.uint8, np.zeros((), np.int64)
+            stored, dtype, zero, rest = codes, np.uint8, zero_point, np.zeros((), np.int64)
         else:
             stored, dtype, zero, rest = codes, np.uint8, np.zeros((), np.int64), zero_point
         stored = stored.T if transpose else stored
         name = self.graph.constant(stored, dtype)
-        return Right(name, dtype, scale, np.asarray(zero), rest, counts.reshape(len(counts), -1).sum(axis=1))
+        return Right(name, dtype, scale, zero, rest, counts.reshape(len(counts), -1).sum(axis=1))
 
     def activation(self, quantizer: Quantizer, x: str, left_largest: int) -> Right:
         """A quantized activation x as right operand."""
