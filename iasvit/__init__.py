@@ -4,6 +4,7 @@ import iasvit, timm
 model = timm.create_model("deit_small_patch16_224", pretrained=True)
 quantized = iasvit.quantize(model, calibration_images, "W4A4")
 iasvit.save(quantized, "deit_s_w4a4.safetensors")
+iasvit.export_onnx(quantized, "deit_s_w4a4.onnx")
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ __version__ = version("iasvit")
 _EXPORTS = {
     "IasvitError": "iasvit.errors",
     "QuantSpec": "iasvit.spec",
+    "export_onnx": "iasvit.export.onnx_file",
     "list_methods": "iasvit.methods",
     "load": "iasvit.artifact",
     "quantize": "iasvit.api",
     "save": "iasvit.artifact",
 }
-__all__ = ["IasvitError", "QuantSpec", "__version__", "list_methods", "load", "quantize", "save"]
+__all__ = ["IasvitError", "QuantSpec", "__version__", "export_onnx", "list_methods", "load", "quantize", "save"]
 
 
 def __getattr__(name: str) -> Any:

@@ -21,6 +21,7 @@ from iasvit.benchmark.task import list_tasks, load_task_class
 from iasvit.errors import IasvitError
 from iasvit.interrupts import Ended, interruptible, is_default
 
+BY_NAME = "iasvit.methods.by_name"  # as in iasvit.methods, which imports torch
 COMMANDS = "iasvit.commands"  # what needs models and data of tasks, and so is no part of the core
 BAD_INPUT, INTERRUPTED, TERMINATED = 2, 130, 143
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -149,20 +150,46 @@ def _list(
     if what:
         from iasvit.methods import descriptions  # torch, which takes seconds
 
-        print("\n\n".join(map(str, descriptions())))
+        print("
+
+".join(map(str, descriptions())))
         return
-    for group in ("iasvit.methods", TASKS):
-        print(f"{group.rpartition('.')[2]}:")
+    for group, heading in (("iasvit.methods", "methods"), (BY_NAME, "methods, run where named"), (TASKS, "tasks")):
+        print(f"{heading}:")
         for entry in sorted(entry_points(group=group), key=lambda entry: entry.name):
             print(f"  {entry.name:<20} {entry.value}")
 
 
 @_app.command("show")
-def _show(file: Annotated[Path, typer.Argument(help="Of iasvit.save, or of run --save.")]) -> None:
-    """Print how a saved model was made, its sizes, and the bits of each layer."""
-    from iasvit.summary import summary
+def _show(file: Annotated[Path, typer.Argument(help="Of iasvit.save, run --save or iasvit export.")]) -> None:
+    """Print how a saved or exported model was made, its sizes, and the bits of each layer."""
+    if file.suffix == ".onnx":
+        from iasvit.export.show import summary
+    else:
+        from iasvit.summary import summary
 
     print(summary(file))
+
+
+@_app.command("export")
+def _export(
+    file: Annotated[Path, typer.Argument(help="Of iasvit.save, or of run --save.")],
+    out: Annotated[Path, typer.Argument(help="The ONNX file to write.")],
+    target: Annotated[
+        str, typer.Option(help="onnxruntime, onnx (standard operators alone) or openvino.")
+    ] = "onnxruntime",
+    opset: Annotated[int, typer.Option(help="Version of ONNX's operators.")] = 20,
+    vnni: Annotated[bool, typer.Option("--vnni", help="For CPUs with VNNI alone: W8A8 is faster there.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT if it is there.")] = False,
+) -> None:
+    """Write a saved model as an ONNX graph that runtimes execute on integers."""
+    from iasvit.artifact import load
+    from iasvit.export import export_onnx
+
+    forms = export_onnx(load(file), out, target=target, opset=opset, vnni=vnni, force=force)
+    floats = [f"{path} ({form.removeprefix('float, ')})" for path, form in forms.items() if form != "int8"]
+    print(f"{out}: {len(forms) - len(floats)} of {len(forms)} layers and products on integers")
+    print(f"in float: {', '.join(floats) or 'none'}")
 
 
 @_app.command("sweep")

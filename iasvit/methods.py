@@ -19,6 +19,7 @@ from iasvit.progress import Progress
 from iasvit.spec import QuantSpec
 
 GROUP = "iasvit.methods"
+BY_NAME = "iasvit.methods.by_name"  # methods that are run where they are named, and are not among "all methods"
 Calibration = torch.Tensor | Iterable[torch.Tensor]
 
 
@@ -107,12 +108,13 @@ def descriptions() -> list[Description]:
 
 
 def _entries() -> dict[str, EntryPoint]:
-    return {entry.name: entry for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name)}
+    found = [*entry_points(group=GROUP), *entry_points(group=BY_NAME)]
+    return {entry.name: entry for entry in sorted(found, key=lambda entry: entry.name)}
 
 
 def list_methods() -> list[str]:
-    """Names of all registered methods, sorted."""
-    return list(_entries())
+    """Names of all registered methods, sorted; not of those of the group BY_NAME, which need packages of their own."""
+    return [name for name, entry in _entries().items() if entry.group != BY_NAME]
 
 
 _VARIANT = re.compile(r"(\w+)(?:\[((?:-\w+|\w+=[\w.+]+)(?:,?-\w+|,\w+=[\w.+]+)*)\])?")

@@ -100,6 +100,7 @@ class CocoTask(Task):
         option: list[str] | None = None,
         device: str | None = None,
         limit: int | None = None,
+        backend: str | None = None,
     ) -> tuple[CocoTask, list[Cell]]:
         """See `Task`; the parameters are the command's options."""
         if config is not None and (backbone or detector):
@@ -117,6 +118,8 @@ class CocoTask(Task):
         }
         given = command.parse_options(option or [], given)
         cells = command.make_cells(models, specs, method, seed, calib_size, data.profile.by(recipe), given)
+        on = command.make_device(device)
+        cells = command.through(backend, cells, on)
         command.check_checkpoint(checkpoint, models)
         setup = make_setup(
             data,
@@ -124,7 +127,7 @@ class CocoTask(Task):
             config=config,
             checkpoint=checkpoint,
             pretrained=pretrained,
-            device=command.make_device(device),
+            device=on,
             limit=limit,
         )
         task = cls(setup)
@@ -220,6 +223,7 @@ def coco(
     seed: command.Seeds = [0],  # noqa: B006
     device: command.Device = None,
     limit: command.Limit = None,
+    backend: command.Backend = None,
     dry_run: command.DryRun = False,
     force: command.Force = False,
     stale: command.Stale = False,
@@ -255,6 +259,7 @@ def coco(
         option=options,
         device=device,
         limit=limit,
+        backend=backend,
     )
     printed = ("bbox_mAP", "segm_mAP")
     command.run(

@@ -20,6 +20,7 @@ from iasvit.benchmark.parallel import run_side_by_side
 from iasvit.benchmark.results import ResultStore
 from iasvit.benchmark.task import EMBEDDED, Task
 from iasvit.errors import IasvitError, reason, shown
+from iasvit.export import check_backend
 from iasvit.leaderboard.aggregate import table
 from iasvit.methods import get_method, list_methods, load_method_class, method_options, parse_value, split_variant
 from iasvit.models import Site, insert_quantizers
@@ -58,6 +59,14 @@ MethodOptions = Annotated[
 ]
 Seeds = Annotated[list[int], typer.Option(help="Repeatable; of calibration images and method.")]
 Device = Annotated[str | None, typer.Option(help="[cuda where there is one, else cpu]")]
+Backend = Annotated[
+    str | None,
+    typer.Option(
+        help="What evaluates the quantized models: onnxruntime or openvino, on integers, through the exported graph. "
+        "[default: PyTorch]",
+        show_default=False,
+    ),
+]
 Limit = Annotated[int | None, typer.Option(help="Evaluate only so many images.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the cells and their estimated cost.")]
 Force = Annotated[bool, typer.Option("--force", help="Measure also cells that are stored.")]
@@ -199,6 +208,20 @@ def make_cells(
                 for seed in seeds:
                     cells.append(Cell(name, method, str(spec), seed, calib_size, tuple(sorted(options.items()))))
     return cells
+
+
+def through(backend: str | None, cells: Sequence[Cell], device: torch.device) -> list[Cell]:
+    """The cells, evaluated by a backend; None for PyTorch.
+
+    Raises:
+        IasvitError: no such backend, it is not installed, or the models are not on a CPU.
+    """
+    if backend is None:
+        return list(cells)
+    check_backend(backend)
+    if device.type != "cpu":
+        raise IasvitError(f"--backend {backend} computes on the CPU, but the device is {device}; give --device cpu")
+    return [replace(cell, backend=backend) for cell in cells]
 
 
 def parse_options(texts: Iterable[str], given: Mapping[str, Any] | None = None) -> dict[str, Any]:

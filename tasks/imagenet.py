@@ -98,6 +98,7 @@ class ImageNetTask(Task):
         option: list[str] | None = None,
         device: str | None = None,
         limit: int | None = None,
+        backend: str | None = None,
     ) -> tuple[ImageNetTask, list[Cell]]:
         """See `Task`; the parameters are the command's options."""
         at_least("--img-size", img_size, 1)
@@ -108,13 +109,15 @@ class ImageNetTask(Task):
             option or [], {"iterations": iterations, "batch_size": batch_size, "lr": lr, "memory_budget": memory_budget}
         )
         cells = command.make_cells(backbones, specs, method, seed, calib_size, profile, given)
+        on = command.make_device(device)
+        cells = command.through(backend, cells, on)
         command.check_checkpoint(checkpoint, backbones)
         setup = make_setup(
             data,
             data_root,
             checkpoint=checkpoint,
             pretrained=pretrained,
-            device=command.make_device(device),
+            device=on,
             limit=limit,
             data_name=data_name,
             labels=labels,
@@ -251,6 +254,7 @@ def imagenet(
     seed: command.Seeds = [0],  # noqa: B006
     device: command.Device = None,
     limit: command.Limit = None,
+    backend: command.Backend = None,
     dry_run: command.DryRun = False,
     force: command.Force = False,
     stale: command.Stale = False,
@@ -285,6 +289,7 @@ def imagenet(
         option=options,
         device=device,
         limit=limit,
+        backend=backend,
     )
     printed = ("top1", "agreement", "cosine")
     command.run(

@@ -29,6 +29,7 @@ from iasvit.benchmark.results import COST, RULES, SCHEMA, Key, ResultStore, Row,
 from iasvit.benchmark.task import Outputs, Task
 from iasvit.benchmark.versions import method_version, other_version
 from iasvit.errors import IasvitError, StorageError, reason
+from iasvit.export.runtime import check_backend, exported_twin
 from iasvit.launch import fail_together
 from iasvit.methods import Method, get_method, images_used, load_method_class, method_options, split_variant
 from iasvit.nn import quantizers_of
@@ -37,6 +38,7 @@ from iasvit.progress import Progress, fingerprint
 from iasvit.spec import QuantSpec
 from iasvit.transforms import transforms_of
 
+BACKEND = "backend"  # how a row names it among its options
 FULL_PRECISION = "fp32"  # the method's name in the row of a model that is not quantized
 CHECKPOINT_ROOT = Path(".iasvit/checkpoints")
 
@@ -57,6 +59,8 @@ class Cell:
         seed: of calibration images and method.
         calib_size: calibration images.
         options: (name, value) pairs for the method besides `seed`, sorted by name; None is the method's own default.
+        backend: what evaluates the quantized model: "" for PyTorch, or one of `iasvit.export.BACKENDS`, through the
+            graph that it exports to. The row says so among its options, which tell it from PyTorch's.
     """
 
     model: str
@@ -65,6 +69,7 @@ class Cell:
     seed: int
     calib_size: int
     options: tuple[tuple[str, Any], ...] = ()
+    backend: str = ""
 
 
 def run_cells(
@@ -182,7 +187,7 @@ def make_jobs(task: Task, cells: Sequence[Cell]) -> list[Job]:
             continue
         cls = load_method_class(split_variant(cell.method)[0])
         given = without_bounds(cls, {name: value for name, value in cell.options if value is not None})
-        options = format_options(given.items())
+        options = format_options([*given.items(), *([(BACKEND, cell.backend)] if cell.backend else [])])
         key = Key(*identity, str(spec), cell.seed, cell.calib_size, options)
         jobs.append(Job(cell, key.stored(), spec))
     return jobs
@@ -193,6 +198,8 @@ def _check(cell: Cell) -> QuantSpec | None:
     if cell.method == FULL_PRECISION:
         return None
     make_method(cell)
+    if cell.backend:
+        check_backend(cell.backend)
     if cell.calib_size < 1:
         raise IasvitError(f"calibration size is {cell.calib_size}, but at least one image is needed")
     return QuantSpec.parse(cell.spec)
@@ -391,7 +398,8 @@ class _Run:
         parts = [value for name, value in seconds.items() if name.startswith("reconstruction")]
         row["reconstruction_seconds"] = round(sum(parts), 3)
         row["quantization_seconds"] = round(sum(seconds.values()), 3)
-        outputs = self._predict(job.cell.model, quantized, progress, row)
+        runs = exported_twin(quantized, job.cell.backend) if job.cell.backend else quantized
+        outputs = self._predict(job.cell.model, runs, progress, row)
         row["peak_memory_mib"] = _peak(memory)
         row["packed_bytes"] = packed_bytes(quantized)
         row["admission"] = str(admission(quantized))

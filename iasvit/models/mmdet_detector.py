@@ -239,10 +239,16 @@ class _FilledWindows(ShiftWindowMSA):
         bottom, right = -height % self.window_size, -width % self.window_size
         if not bottom and not right:
             return super().forward(query, hw_shape)
-        filled = self.padding.expand(len(query), height + bottom, width + right, -1).clone()
+        filled = self.padding.expand(query.shape[0], height + bottom, width + right, -1).clone()
         filled[:, :height, :width] = query.unflatten(1, (height, width))
         output = super().forward(filled.flatten(1, 2), filled.shape[1:3]).view_as(filled)
         return output[:, :height, :width].flatten(1, 2)
+
+    def window_reverse(self, windows: Tensor, height: int, width: int) -> Tensor:
+        """Windows (…, side, side, C) as maps (B, H, W, C); mmdet counts B in floats, which no export can follow."""
+        side = self.window_size
+        grid = windows.unflatten(0, (-1, height // side, width // side))
+        return grid.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
 # ---- segments --------------------------------------------------------------------------------------------------------

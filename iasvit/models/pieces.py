@@ -93,7 +93,7 @@ def attend(between: nn.Module, given: tuple[Any, ...], count: int, *arguments: A
         count: of the modules that begin the arguments, the first and the last of them QuantMatMuls.
         arguments: the modules; query, key (transposed) and value, with the batch first; whatever else is needed.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():  # for an export, too, whose batch has no size
         return between(*arguments)
     modules, (query, key, value), others = arguments[:count], arguments[count : count + 3], arguments[count + 3 :]
     first, *middle, second = modules

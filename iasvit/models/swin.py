@@ -156,7 +156,7 @@ class _FilledWindows(SwinTransformerBlock):
         if not bottom and not right:
             return super()._attn(x)
         # timm shifts and then fills up, so what is filled here has to be where it will be after the shift.
-        filled = self.padding.expand(len(x), height + bottom, width + right, -1).clone()
+        filled = self.padding.expand(x.shape[0], height + bottom, width + right, -1).clone()
         filled[:, :height, :width] = x.roll((-shift[0], -shift[1]), dims=(1, 2))
         output = super()._attn(filled.roll(shift, dims=(1, 2))).roll((-shift[0], -shift[1]), dims=(1, 2))
         return output[:, :height, :width].roll(shift, dims=(1, 2))

@@ -93,6 +93,11 @@ class Quantizer(nn.Module):
             return x
         if not self.calibrated:
             raise IasvitError("a quantizer was used before it was calibrated; run the method's calibration first")
+        if torch.jit.is_tracing():
+            raise IasvitError(
+                "a quantized model cannot be traced by TorchScript or torch's exporter that rests on it; use "
+                "iasvit.export_onnx, or torch.export"
+            )
         x = x.float()
         if x.is_cpu and not (torch.is_grad_enabled() and x.requires_grad) and not torch.compiler.is_compiling():
             return self._evaluate(x.detach())

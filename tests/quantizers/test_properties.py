@@ -255,3 +255,13 @@ def test_calibration_follows_the_tensor_and_leaves_it_alone(kind: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(quantizer.buffers(), again.buffers(), strict=True))
     quantizer.calibrate(10 * x if kind.startswith("uniform") else x / 10)  # a second time replaces the first
     assert not torch.equal(quantizer.scale, again.scale)
+
+
+def test_a_trace_by_torchscript_is_refused_with_one_sentence() -> None:
+    quantizer = UniformQuantizer(4)
+    x = torch.linspace(-1, 1, 10)
+    quantizer.calibrate(x)
+    with pytest.raises(IasvitError, match=r"use iasvit\.export_onnx, or torch\.export"):
+        torch.jit.trace(quantizer, x)
+    exported = torch.export.export(quantizer, (x,)).module()
+    assert torch.equal(exported(x), quantizer(x))

@@ -1,0 +1,132 @@
+"""Proof of equality: an exported graph's integers, quantizer by quantizer, beside the model's own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from iasvit.export.extras import imported
+from iasvit.export.onnx_file import OPSETS, Features, exported_part, forms_of, graph_of
+from iasvit.export.operands import Operand
+from iasvit.export.runtime import threads_of
+from iasvit.quantizers import Quantizer
+
+NEAR = 1e-4  # of a step: how near to a tie a value lies whose code may differ first
+
+
+@dataclass
+class Difference:
+    """Codes of one quantizer in both.
+
+    Attributes:
+        path: the quantizer's.
+        codes: compared.
+        ties: that differ in images which are equal in all quantizers before, the model's value being near a tie.
+        others: that differ in such images, and are no ties: a defect.
+        after: that differ in images where an earlier code does.
+    """
+
+    path: str
+    codes: int = 0
+    ties: int = 0
+    others: int = 0
+    after: int = 0
+
+
+class Comparison:
+    """A quantized model beside the graph that it exports to, run by ONNX Runtime.
+
+    Args:
+        model: as of `export_onnx`; not changed.
+        target, image_size: as of `export_onnx`.
+    """
+
+    def __init__(
+        self, model: nn.Module, target: str = "onnxruntime", image_size: tuple[int, int] | None = None
+    ) -> None:
+        onnx, runtime = imported("onnx", "export"), imported("onnxruntime", "export")
+        proto, done = graph_of(model, model.quantization, target, OPSETS[0], False, image_size)
+        prefix = Features.PREFIX if isinstance(exported_part(model)[0], Features) else ""
+        self.operands = {path.removeprefix(prefix): operand for path, operand in done.operands.items()}
+        self.forms = forms_of(done)
+        self.outputs = [value.name for value in proto.graph.output]
+        names = dict.fromkeys(name for operand in self.operands.values() for name in _names(operand))
+        proto.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in names)
+        self.names = [*self.outputs, *names]
+        options = runtime.SessionOptions()
+        options.intra_op_num_threads = threads_of()
+        self.session = runtime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        self.model = model
+        self.differences = {path: Difference(path) for path in self.operands}
+
+    @torch.no_grad()
+    def run(self, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Add the codes of these images to `differences`; the outputs of the model, and those of the graph."""
+        seen: dict[str, tuple[Tensor, Tensor]] = {}
+        handles = [
+            module.register_forward_hook(lambda _m, args, out, path=path: seen.__setitem__(path, (args[0], out)))
+            for path, module in self.model.named_modules()
+            if path in self.operands
+        ]
+        try:
+            part, _ = exported_part(self.model)
+            mine = part(images)
+        finally:
+            for handle in handles:
+                handle.remove()
+        results = dict(zip(self.names, self.session.run(self.names, {"images": images.numpy()}), strict=True))
+        equal = np.ones(len(images), bool)
+        for path, (x, values) in seen.items():
+            equal &= self._compare(path, self.operands[path], x, values, results, equal)
+        theirs = [torch.from_numpy(results[name]) for name in self.outputs]
+        return list(mine) if isinstance(mine, tuple) else [mine], theirs
+
+    def _compare(
+        self,
+        path: str,
+        operand: Operand,
+        x: Tensor,
+        values: Tensor,
+        results: dict[str, np.ndarray],
+        equal: np.ndarray,
+    ) -> np.ndarray:
+        """Count one quantizer's codes; which images have all of them equal."""
+        quantizer = self.model.get_submodule(path)
+        theirs = _values(operand, results)
+        mine = values.double().numpy()
+        if theirs.shape != mine.shape:
+            theirs = theirs.swapaxes(-1, -2)
+        wrong = np.abs(theirs - mine) > 1e-5 * np.abs(mine) + 1e-6 * np.abs(mine).max()
+        found = self.differences[path]
+        found.codes += wrong.size
+        rows = wrong.reshape(len(equal), -1)
+        fresh = rows & equal[:, None]
+        near = _near_a_tie(quantizer, x).reshape(len(equal), -1)
+        found.ties += int((fresh & near).sum())
+        found.others += int((fresh & ~near).sum())
+        found.after += int((rows & ~equal[:, None]).sum())
+        return ~rows.any(axis=1)
+
+
+def _names(operand: Operand) -> list[str]:
+    return [operand.values] if operand.values else [plane.codes for plane in operand.planes]
+
+
+def _values(operand: Operand, results: dict[str, np.ndarray]) -> np.ndarray:
+    if operand.values:
+        return results[operand.values].astype(np.float64)
+    parts = [
+        plane.scale * (results[plane.codes].astype(np.float64) - plane.zero_point - plane.rest)
+        for plane in operand.planes
+    ]
+    return np.sum(parts, axis=0) + operand.constant
+
+
+def _near_a_tie(quantizer: Quantizer, x: Tensor) -> np.ndarray:
+    """Where a code turns within NEAR of x, or, relative to it, of x as a share of the whole range."""
+    margin = NEAR * torch.maximum(x.abs(), x.abs().mean())
+    codes = [quantizer.encode(x + sign * margin) for sign in (-1, 1)]
+    return (codes[0] != codes[1]).numpy()

@@ -1,0 +1,200 @@
+"""From a traced graph, whose quantized layers and products are nodes of their own, to one of integers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import onnx
+from torch import nn
+
+from iasvit.errors import IasvitError
+from iasvit.export.graph import Graph
+from iasvit.export.operands import Operand, Plane, operand
+from iasvit.export.products import Emitter, conv_attributes
+from iasvit.nn import QuantConv2d, QuantMatMul
+from iasvit.nn.layers import QuantLayer
+from iasvit.quantizers import AdaLogQuantizer, Log2Quantizer, Quantizer
+
+DOMAIN = "iasvit"  # of the nodes that the trace has and the file has not
+INTEGER, FLOAT = "int8", "float"
+
+
+@dataclass
+class Lowering:
+    """What `lower` did.
+
+    Attributes:
+        forms: layer or product → INTEGER or FLOAT.
+        why: the reason of each that is FLOAT.
+        operands: path of a quantizer → what stands for its output in the graph.
+    """
+
+    forms: dict[str, str] = field(default_factory=dict)
+    why: dict[str, str] = field(default_factory=dict)
+    operands: dict[str, Operand] = field(default_factory=dict)
+
+    def note(self, path: str, why: str = "") -> None:
+        self.forms[path] = FLOAT if why else INTEGER
+        if why:
+            self.why[path] = why
+
+
+def lower(traced: onnx.ModelProto, model: nn.Module, target: str, vnni: bool) -> Lowering:
+    """Replace the nodes of domain "iasvit" in a traced graph, in place.
+
+    Args:
+        traced: what `trace` returned.
+        model: the quantized model that was traced, on the CPU.
+        target, vnni: as of `export_onnx`.
+
+    Raises:
+        IasvitError: a quantizer has no form; the message names its layer.
+    """
+    graph = Graph("q_", centred=target == "openvino")
+    work = _Lower(traced.graph, graph, Emitter(graph, target, vnni), Lowering())
+    for node in traced.graph.node:
+        if node.domain != DOMAIN:
+            graph.nodes.append(node)
+            continue
+        (path,) = (a.s.decode() for a in node.attribute if a.name == "path")
+        try:
+            work.replace(node, path, model.get_submodule(path))
+        except IasvitError as error:
+            raise IasvitError(f"{path!r} cannot be exported: {error}") from error
+    traced.graph.ClearField("node")
+    traced.graph.node.extend(_used(graph.nodes, [output.name for output in traced.graph.output]))
+    traced.graph.initializer.extend(graph.initializers.values())
+    needed = {name for node in traced.graph.node for name in node.input}
+    kept = [tensor for tensor in traced.graph.initializer if tensor.name in needed]
+    traced.graph.ClearField("initializer")
+    traced.graph.initializer.extend(kept)
+    return work.done
+
+
+def _used(nodes: list[onnx.NodeProto], outputs: Iterable[str]) -> list[onnx.NodeProto]:
+    """Those nodes that outputs depend on, in order: a softmax whose logarithm alone is read, goes."""
+    needed = set(outputs)
+    kept = []
+    for node in reversed(nodes):
+        if any(name in needed for name in node.output):
+            kept.append(node)
+            needed.update(node.input)
+    return kept[::-1]
+
+
+@dataclass
+class _Lower:
+    source: onnx.GraphProto
+    graph: Graph
+    emit: Emitter
+    done: Lowering
+    _logarithms: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.makers = {name: node for node in self.source.node for name in node.output}
+
+    def replace(self, node: onnx.NodeProto, path: str, module: nn.Module) -> None:
+        if isinstance(module, QuantMatMul):
+            result = self._product(node.input[0], node.input[1], path, module)
+        elif isinstance(module, QuantConv2d):
+            result = self._convolution(node.input[0], path, module)
+        else:
+            result = self._linear(node.input[0], path, module)
+        self.graph.nodes[-1].output[0] = node.output[0]
+        assert result  # the last node's
+
+    # ---- layers ------------------------------------------------------------------------------------------------------
+
+    def _linear(self, x: str, path: str, layer: Any) -> str:
+        bias = _bias(layer)
+        left, why = self._input(layer.input_quantizer, x, path)
+        right = self.emit.weight(layer, _largest(left), transpose=True)
+        if right is None:
+            self.done.note(path, "its weight has no integer form")
+            total = self.graph.add("MatMul", left.values or x, self.graph.constant(_values(layer).T))
+            return total if bias is None else self.graph.add("Add", total, self.graph.constant(bias))
+        self.done.note(path, why)
+        if why:
+            return self.emit.float_matmul(left.values, right, bias)
+        return self.emit.matmul(left, right, bias)
+
+    def _convolution(self, x: str, path: str, layer: QuantConv2d) -> str:
+        bias = _bias(layer)
+        left, why = self._input(layer.input_quantizer, x, path)
+        right = self.emit.weight(layer, _largest(left), transpose=False)
+        if not why and right is not None:
+            result = self.emit.convolution(layer, left, right, bias)
+            if result is not None:
+                self.done.note(path)
+                return result
+            why = "no convolution of integers has its zero-points"
+        self.done.note(path, why or "its weight has no integer form")
+        if not left.values:
+            left = Operand(values=self._values(left))
+        weight = self.graph.constant(_values(layer)) if right is None else self.emit.dequantized(right, axis=0)
+        inputs = [left.values, weight] + ([] if bias is None else [self.graph.constant(bias)])
+        if layer.padding_mode != "zeros":
+            raise IasvitError(f"a Conv2d has padding_mode {layer.padding_mode!r}; only 'zeros' is exported")
+        return self.graph.add("Conv", *inputs, **conv_attributes(layer))
+
+    def _values(self, left: Operand) -> str:
+        """The float values of an operand of one plane."""
+        (plane,) = left.planes
+        g = self.graph
+        counts = g.add("Cast", plane.codes, to=1)
+        return g.add("Mul", g.add("Sub", counts, g.constant(plane.zero_point + plane.rest)), g.constant(plane.scale))
+
+    def _input(self, quantizer: Quantizer | None, x: str, path: str) -> tuple[Operand, str]:
+        """The left operand that a layer's input is, and why it stays float ("" where it does not)."""
+        if quantizer is None or not quantizer.enabled:
+            return Operand(values=x), "its input is not quantized"
+        left = self.done.operands[f"{path}.input_quantizer"] = operand(quantizer, self.graph, x)
+        return left, left.why
+
+    # ---- products ----------------------------------------------------------------------------------------------------
+
+    def _product(self, left: str, right: str, path: str, module: QuantMatMul) -> str:
+        g, first, second = self.graph, module.left_quantizer, module.right_quantizer
+        if first.enabled != second.enabled:
+            raise IasvitError("one operand alone of this product is quantized, which has no form; quantize both")
+        if not first.enabled:
+            self.done.note(path, "its operands are not quantized")
+            return g.add("MatMul", left, right)
+        log = self._logarithm(left) if isinstance(first, (Log2Quantizer, AdaLogQuantizer)) else ""
+        a = self.done.operands[f"{path}.left_quantizer"] = operand(first, g, left, log)
+        maker = self.makers.get(right)
+        transpose = maker if maker is not None and maker.op_type == "Transpose" and not g.centred else None
+        source = right if transpose is None else transpose.input[0]
+        b = self.emit.activation(second, source, _largest(a))
+        plane = Plane(b.codes, float(b.scale), int(b.zero_point), int(b.rest))
+        self.done.operands[f"{path}.right_quantizer"] = Operand([plane])
+        if transpose is not None:  # bytes are transposed, not floats
+            perm = list(next(attribute.ints for attribute in transpose.attribute if attribute.name == "perm"))
+            b = replace(b, codes=g.add("Transpose", b.codes, perm=perm))
+        self.done.note(path, a.why)
+        return self.emit.float_matmul(a.values, b) if a.why else self.emit.matmul(a, b)
+
+    def _logarithm(self, x: str) -> str:
+        """Name of log(x) where x is a softmax, which computes it as well; "" where it is none."""
+        maker = self.makers.get(x)
+        if maker is None or maker.op_type != "Softmax":
+            return ""
+        if x not in self._logarithms:
+            attributes = {a.name: onnx.helper.get_attribute_value(a) for a in maker.attribute}
+            self._logarithms[x] = self.graph.add("LogSoftmax", *maker.input, **attributes)
+        return self._logarithms[x]
+
+
+def _bias(layer: QuantLayer) -> np.ndarray | None:
+    return None if layer.bias is None else layer.bias.detach().numpy()
+
+
+def _values(layer: QuantLayer) -> np.ndarray:
+    return layer._quantized_weight().detach().numpy()
+
+
+def _largest(left: Operand) -> int:
+    return max((plane.largest for plane in left.planes), default=255)

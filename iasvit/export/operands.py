@@ -1,0 +1,315 @@
+"""Activations as integers: for each kind of quantizer the planes of 8-bit codes that stand for its values exactly."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from functools import singledispatch
+
+import numpy as np
+import torch
+
+from iasvit.errors import IasvitError
+from iasvit.export.graph import FLOAT, INT8, INT32, UINT8, Graph
+from iasvit.quantizers import (
+    AdaLogQuantizer,
+    Log2Quantizer,
+    Quantizer,
+    SULQuantizer,
+    TwinGELUQuantizer,
+    TwinSoftmaxQuantizer,
+    UniformQuantizer,
+)
+
+OCTAVES = 8  # powers of two that a plane of uint8 holds
+MOST_PLANES = 2  # of one operand; with more of them a product of integers is slower than one of floats
+# A code that an integer product must not lose stands this much below its power, so that the next power, one half, goes
+# to 0 and not to 1, whatever the last bit of the exponential is; 255 units are moved by less than one half.
+TILT = 1 + 2.0**-10
+LN2 = math.log(2)
+
+
+@dataclass(frozen=True)
+class Plane:
+    """Codes c (uint8 or int8) that stand for scale·(c - zero_point - rest).
+
+    Attributes:
+        codes: name of the tensor.
+        scale: float32 value.
+        zero_point: a value of the codes' type.
+        rest: what a zero-point has beyond that type; 0 nearly always.
+        largest: of |code|, as the tensor may hold it.
+        signed: whether codes are int8.
+    """
+
+    codes: str
+    scale: float
+    zero_point: int = 0
+    rest: int = 0
+    largest: int = 255
+    signed: bool = False
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A quantized activation: the sum of its planes, plus a constant.
+
+    Attributes:
+        planes: at least one, unless `values` is given.
+        constant: added to every value: -η of SULQ.
+        values: name of a float tensor of the quantized values, where there is no integer form.
+        why: in which case this says why.
+    """
+
+    planes: list[Plane] = field(default_factory=list)
+    constant: float = 0.0
+    values: str = ""
+    why: str = ""
+
+
+@singledispatch
+def operand(quantizer: Quantizer, graph: Graph, x: str, log_x: str = "") -> Operand:
+    """The operand that a quantizer makes of a float tensor.
+
+    Args:
+        quantizer: calibrated; dispatches on its class.
+        graph: where nodes are added.
+        x: the tensor's name.
+        log_x: name of its natural logarithm, where the graph has it; "" where it has not.
+
+    Raises:
+        IasvitError: the quantizer is of a kind that cannot be exported.
+    """
+    raise IasvitError(
+        f"a quantizer of kind {quantizer.kind!r} cannot be exported; exported are uniform, symmetric, log2, sulq, "
+        "adalog, twin_softmax and twin_gelu"
+    )
+
+
+def _as_float(value: torch.Tensor) -> float:
+    return float(value.item())
+
+
+# ---- uniform ---------------------------------------------------------------------------------------------------------
+
+
+def uniform_plane(quantizer: UniformQuantizer, graph: Graph, x: str, *, signed: bool = False) -> Plane:
+    """Codes of a uniform quantizer per tensor: clip(round(x / s) + z, 0, 2^b - 1), as the formula has it.
+
+    QuantizeLinear rounds, adds and saturates at the ends of its type; Clip does the rest.
+    """
+    scale, zero_point, largest = _as_float(quantizer.scale), int(quantizer.zero_point), quantizer.n_levels - 1
+    dtype = np.int8 if signed else np.uint8
+    info = np.iinfo(dtype)
+    if graph.centred and (centred := _centred_plane(graph, x, scale, -zero_point, largest - zero_point)):
+        return centred
+    if info.min <= zero_point <= info.max:
+        codes = graph.add("QuantizeLinear", x, graph.constant(scale), graph.constant(zero_point, dtype))
+        if largest < info.max or info.min < 0:
+            codes = graph.add("Clip", codes, graph.constant(0, dtype), graph.constant(largest, dtype))
+        return Plane(codes, scale, zero_point, largest=largest, signed=signed)
+    steps = graph.add("Round", graph.add("Div", x, graph.constant(scale)))
+    inside = graph.add(
+        "Clip", graph.add("Add", steps, graph.constant(zero_point)), graph.constant(0), graph.constant(largest)
+    )
+    codes = graph.add("Cast", inside, to=INT8 if signed else UINT8)
+    return Plane(codes, scale, rest=zero_point, largest=largest, signed=signed)
+
+
+def _centred_plane(graph: Graph, x: str, scale: float, low: int, high: int) -> Plane | None:
+    """Counts clip(round(x / s), low, high), clipped before rounding, which is the same; None where they do not fit.
+
+    A clip, a QuantizeLinear and a DequantizeLinear without zero-points are what OpenVINO makes one step of.
+    """
+    if low >= 0 and high <= 255:
+        dtype: type = np.uint8
+    elif low >= -128 and high <= 127:
+        dtype = np.int8
+    else:
+        return None
+    inside = graph.add("Clip", x, graph.constant(low * scale), graph.constant(high * scale))
+    codes = graph.add("QuantizeLinear", inside, graph.constant(scale), graph.constant(0, dtype))
+    return Plane(codes, scale, largest=max(-low, high), signed=dtype is np.int8)
+
+
+@operand.register
+def _(quantizer: UniformQuantizer, graph: Graph, x: str, log_x: str = "") -> Operand:
+    if quantizer.channel_dim is None:
+        return Operand([uniform_plane(quantizer, graph, x)])
+    if quantizer.channel_dim != -1:
+        raise IasvitError(
+            f"an activation quantizer has channel_dim {quantizer.channel_dim}; exported are those of the last dimension"
+        )
+    scale, zero_point = quantizer.scale.cpu().numpy(), quantizer.zero_point.cpu().numpy().astype(np.float32)
+    steps = graph.add("Round", graph.add("Div", x, graph.constant(scale)))
+    counts = graph.add("Clip", graph.add("Add", steps, graph.constant(zero_point)), *_ends(quantizer, graph))
+    values = graph.add("Mul", graph.add("Sub", counts, graph.constant(zero_point)), graph.constant(scale))
+    return Operand(values=values, why="its input has a scale for each channel")
+
+
+def _ends(quantizer: Quantizer, graph: Graph) -> tuple[str, str]:
+    return graph.constant(0), graph.constant(quantizer.n_levels - 1)
+
+
+# ---- twin ------------------------------------------------------------------------------------------------------------
+
+
+def _counts(graph: Graph, x: str, step: float, zero_point: int, largest: int) -> str:
+    codes = graph.add("QuantizeLinear", x, graph.constant(step), graph.constant(zero_point, np.uint8))
+    return graph.add("Clip", codes, graph.constant(0, np.uint8), graph.constant(largest, np.uint8))
+
+
+@operand.register
+def _(quantizer: TwinGELUQuantizer, graph: Graph, x: str, log_x: str = "") -> Operand:
+    """Negative values saturate at 0 in the coarse plane, positive ones at the zero-point in the fine one."""
+    half, fine, coarse = quantizer.half, _as_float(quantizer._fine), _as_float(quantizer.scale)
+    below = _counts(graph, x, fine, half, half)
+    above = _counts(graph, x, coarse, 0, half - 1)
+    return Operand([Plane(below, fine, half, largest=half), Plane(above, coarse, largest=half - 1)])
+
+
+@operand.register
+def _(quantizer: TwinSoftmaxQuantizer, graph: Graph, x: str, log_x: str = "") -> Operand:
+    """Each value is 0 in the plane of the other range."""
+    half, fine, coarse = quantizer.half, _as_float(quantizer._fine), _as_float(quantizer.scale)
+    end = float(quantizer._fine * half)
+    is_high = graph.add("Not", graph.add("Less", x, graph.constant(end)))
+    high = _counts(graph, x, coarse, 0, half - 1)
+    if end >= coarse / 2:  # else what lies in the fine range rounds to 0 by itself
+        high = graph.add("Mul", high, graph.add("Cast", is_high, to=UINT8))
+    low = _counts(graph, x, fine, 0, half - 1)
+    low = graph.add("Mul", low, graph.add("Cast", graph.add("Not", is_high), to=UINT8))
+    return Operand([Plane(low, fine, largest=half - 1), Plane(high, coarse, largest=half - 1)])
+
+
+# ---- logarithmic -----------------------------------------------------------------------------------------------------
+
+
+def _log_codes(quantizer: Quantizer, graph: Graph, log_x: str, step: float, zero_point: int) -> tuple[str, int]:
+    """Codes counted from the far end: r = 2^b - 1 - q = clip(round(log_x / step) + zero_point, 0, 2^b - 1).
+
+    Returns:
+        Name of the codes (uint8), and of which one log_x is 0.
+    """
+    largest = quantizer.n_levels - 1
+    if 0 <= zero_point <= 255:
+        codes = graph.add("QuantizeLinear", log_x, graph.constant(step), graph.constant(zero_point, np.uint8))
+        if largest < 255:
+            codes = graph.add("Clip", codes, graph.constant(0, np.uint8), graph.constant(largest, np.uint8))
+        return codes, zero_point
+    steps = graph.add("Round", graph.add("Div", log_x, graph.constant(step)))
+    inside = graph.add("Clip", graph.add("Add", steps, graph.constant(zero_point)), *_ends(quantizer, graph))
+    return graph.add("Cast", inside, to=UINT8), zero_point
+
+
+def _power_planes(graph: Graph, powers: str, first: int, last: int, unit: float, mask: str = "") -> list[Plane]:
+    """Planes of values 2^-e·unit, e an integer from `first` to `last`; what lies beyond is 0.
+
+    Args:
+        graph: where nodes are added.
+        powers: name of the float tensor of 2^-e, to some units in the last place.
+        first, last: the least and the greatest e.
+        unit: what 1 stands for.
+        mask: name of a uint8 tensor, 0 where values are none of these; "" where all are.
+    """
+    planes = []
+    for start in range(first, last + 1, OCTAVES):
+        end = min(start + OCTAVES - 1, last)
+        scale = 2.0**-end
+        codes = graph.add("QuantizeLinear", powers, graph.constant(scale * TILT), graph.constant(0, np.uint8))
+        if start > first:  # greater values, which saturate, stand in the planes before
+            fits = graph.add("Less", powers, graph.constant(2.0 ** (0.5 - start)))
+            codes = graph.add("Mul", codes, graph.add("Cast", fits, to=UINT8))
+        if mask:
+            codes = graph.add("Mul", codes, mask)
+        planes.append(Plane(codes, scale * unit, largest=2 ** (end - start)))
+    return planes
+
+
+def _plane_count(first: int, last: int) -> int:
+    return -(-(last + 1 - first) // OCTAVES)
+
+
+@operand.register
+def _(quantizer: Log2Quantizer, graph: Graph, x: str, log_x: str = "") -> Operand:
+    """log2: 2^-q. log-sqrt2: even codes are powers of two, odd ones the same times sqrt(2), in planes of their own."""
+    scale, k, largest = _as_float(quantizer.scale), quantizer.steps_per_octave, quantizer.n_levels - 1
+    log_x = log_x or graph.add("Log", x)
+    relative = graph.add("Sub", log_x, graph.constant(math.log(scale))) if scale != 1 else log_x
+    codes, one = _log_codes(quantizer, graph, relative, LN2 / k, largest)
+    exponents = graph.add("DequantizeLinear", codes, graph.constant(LN2 / k), graph.constant(one, np.uint8))
+    powers = graph.add("Exp", exponents)  # 2^(-q/k)
+    last = largest - 1 if quantizer.zero_code else largest
+    if k * _plane_count(0, -(-last // k)) > MOST_PLANES:
+        values = graph.add("Mul", powers, graph.constant(scale))
+        if quantizer.zero_code:
+            kept = graph.add("Cast", graph.add("Cast", codes, to=9), to=FLOAT)  # bool: code 0 is the last one's
+            values = graph.add("Mul", values, kept)
+        return Operand(values=values, why="its softmax spans too many octaves")
+    if k == 1:
+        return Operand(_power_planes(graph, powers, 0, last, scale))
+    # r = largest - q with largest odd: q is even where r is odd.
+    even = graph.add("BitwiseAnd", codes, graph.constant(1, np.uint8))
+    odd = graph.add("BitwiseXor", even, graph.constant(1, np.uint8))
+    planes = _power_planes(graph, powers, 0, last // 2, scale, even)
+    halves = graph.add("Mul", powers, graph.constant(1 / math.sqrt(2)))  # odd q: 2^-((q + 1) / 2)
+    return Operand(planes + _power_planes(graph, halves, 1, (last + 1) // 2, scale * math.sqrt(2), odd))
+
+
+@operand.register
+def _(quantizer: SULQuantizer, graph: Graph, x: str, log_x: str = "") -> Operand:
+    """2^-ŷ with integers ŷ = round((q - z)·s), and the constant -η."""
+    shift, scale = _as_float(quantizer.shift), _as_float(quantizer.scale)
+    largest, zero_point = quantizer.n_levels - 1, int(quantizer.zero_point)
+    shifted = graph.add("Log", graph.add("Add", x, graph.constant(shift)))
+    codes, one = _log_codes(quantizer, graph, shifted, scale * LN2, largest - zero_point)
+    if 0 <= one <= 255:
+        steps = graph.add("DequantizeLinear", codes, graph.constant(scale), graph.constant(one, np.uint8))
+    else:
+        steps = graph.add("Sub", graph.add("Cast", codes, to=FLOAT), graph.constant(one))
+        steps = graph.add("Mul", steps, graph.constant(scale))
+    powers = graph.add("Exp", graph.add("Mul", graph.add("Round", steps), graph.constant(LN2)))
+    every = torch.arange(quantizer.n_levels, dtype=torch.uint8)
+    exponents = -(quantizer.cpu().decode(every) + shift).double().log2().round()
+    first, last = int(exponents.min()), int(exponents.max())
+    if _plane_count(first, last) > MOST_PLANES:
+        values = graph.add("Sub", powers, graph.constant(shift))
+        return Operand(values=values, why="its softmax spans too many octaves")
+    return Operand(_power_planes(graph, powers, first, last, 1.0), -shift)
+
+
+@operand.register
+def _(quantizer: AdaLogQuantizer, graph: Graph, x: str, log_x: str = "") -> Operand:
+    """A table: code → value as multiple of the least one's unit, in base 256, a plane a digit."""
+    scale, largest = _as_float(quantizer.scale), quantizer.n_levels - 1
+    step = LN2 * int(quantizer.exponent) / 37
+    log_x = log_x or graph.add("Log", x)
+    relative = graph.add("Sub", log_x, graph.constant(math.log(scale))) if scale != 1 else log_x
+    codes, _ = _log_codes(quantizer, graph, relative, step, largest)
+    every = torch.arange(largest, -1, -1, dtype=torch.uint8)
+    values = quantizer.cpu().decode(every)
+    index = graph.add("Cast", codes, to=INT32)
+    levels, unit = _levels(values.double().numpy() / scale, quantizer.n_bits)
+    if levels is None:
+        return Operand(
+            values=graph.add("Gather", graph.constant(values.numpy()), index), why="its softmax spans too many octaves"
+        )
+    planes = []
+    for digit in range(MOST_PLANES):
+        table = levels >> 8 * digit & 255
+        if table.any():
+            named = graph.add("Gather", graph.constant(table, np.uint8), index)
+            planes.append(Plane(named, scale * unit * 256**digit))
+    return Operand(planes)
+
+
+def _levels(values: np.ndarray, n_bits: int) -> tuple[np.ndarray | None, float]:
+    """Values as integers times a unit; None where they have too many digits."""
+    multiples = 2 ** (n_bits + 1) - 2
+    for bits in range(8 * MOST_PLANES + 1):
+        levels = np.round(values * multiples * 2.0**bits)
+        if levels.max() >= 256**MOST_PLANES:
+            break
+        if np.allclose(levels, values * multiples * 2.0**bits, rtol=1e-6, atol=0):
+            return levels.astype(np.int64), 1 / (multiples * 2.0**bits)
+    return None, 0.0

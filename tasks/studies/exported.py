@@ -1,0 +1,121 @@
+"""Whether an exported file gives the model's number: `python -m tasks.studies.exported --backbone deit_t --bits W4A4`.
+
+Each cell is quantized as `iasvit run imagenet` does it, exported, and run beside the model on the whole split. A row
+counts the codes of all quantizers in both; those that differ first in an image, at a tie of rounding or not; and those
+behind them. Rows go to a CSV file. docs/deploy.md says how to read them.
+"""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+import iasvit
+import iasvit.methods
+from iasvit.benchmark.harness import Cell, make_method
+from iasvit.benchmark.provenance import describe_device
+from iasvit.cli import main, make_app
+from iasvit.export.compare import Comparison
+from iasvit.progress import Progress
+from iasvit.spec import QuantSpec
+from tasks.imagenet import ImageNetTask
+
+app = make_app()
+
+
+def compared(task: ImageNetTask, cell: Cell, target: str) -> dict[str, Any]:
+    """The row of a cell."""
+    network = task.load_model(cell.model)
+    images = task.calibration(cell.model, cell.calib_size, cell.seed)
+    torch.manual_seed(cell.seed)
+    model = iasvit.quantize(network, images, QuantSpec.parse(cell.spec), make_method(cell), progress=Progress())
+    comparison = Comparison(model, target)
+    right, agree, largest, count = [0, 0], 0, 0.0, 0
+    for batch, labels, _ in task.images.batches(task.models.config(cell.model)):
+        (mine,), (theirs,) = comparison.run(batch)
+        remap = (task.images.num_classes or {}).get(mine.shape[1])
+        labels = labels if remap is None else remap[labels]
+        tops = mine.argmax(dim=1), theirs.argmax(dim=1)
+        right = [total + int((top == labels).sum()) for total, top in zip(right, tops, strict=True)]
+        agree += int((tops[0] == tops[1]).sum())
+        largest = max(largest, (mine - theirs).abs().max().item())
+        count += len(batch)
+    found = comparison.differences.values()
+    return {
+        "data": task.data.name,
+        "images": count,
+        "model": cell.model,
+        "method": cell.method,
+        "spec": cell.spec,
+        "target": target,
+        "top1": round(100 * right[0] / count, 2),
+        "top1_exported": round(100 * right[1] / count, 2),
+        "agreement": round(100 * agree / count, 3),
+        "largest_difference": f"{largest:.3g}",
+        "codes": sum(each.codes for each in found),
+        "ties": sum(each.ties for each in found),
+        "no_ties": sum(each.others for each in found),
+        "behind": sum(each.after for each in found),
+        "layers_with_ties": " ".join(f"{each.path}:{each.ties}" for each in found if each.ties),
+        "on_integers": f"{sum(form == 'int8' for form in comparison.forms.values())}/{len(comparison.forms)}",
+        "device": describe_device(torch.device("cpu")),
+    }
+
+
+@app.command()
+def exported(
+    backbone: Annotated[list[str], typer.Option(help="Repeatable.")],
+    bits: Annotated[list[str], typer.Option(help="Repeatable.")],
+    method: Annotated[list[str], typer.Option(help="Repeatable.")],
+    data: Annotated[str, typer.Option(help="A data set of iasvit run imagenet.")] = "mini",
+    data_root: Annotated[Path | None, typer.Option(help="Its folder.")] = None,
+    data_name: Annotated[str | None, typer.Option(help="Of --data folder.")] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="Weights of the one model.")] = None,
+    calib_size: Annotated[int | None, typer.Option(help="Calibration images.")] = None,
+    iterations: Annotated[int | None, typer.Option(help="Of methods that learn.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Evaluate only so many images.")] = None,
+    target: Annotated[str, typer.Option(help="As of iasvit export.")] = "onnxruntime",
+    threads: Annotated[int, typer.Option(help="Of torch and the runtime.")] = 1,
+    out: Annotated[Path, typer.Option(help="CSV file, appended to.")] = Path("results/exported/equality.csv"),
+) -> None:
+    """Compare the codes and outputs of exported files with the models'."""
+    torch.set_num_threads(threads)
+    for name in method:  # an option need not be of all methods
+        takes = "iterations" in iasvit.methods.method_options(name)
+        task, cells = ImageNetTask.grid(
+            bits=bits,
+            seed=[0],
+            backbone=backbone,
+            method=[name],
+            data=data,
+            data_root=data_root,
+            data_name=data_name,
+            checkpoint=checkpoint,
+            calib_size=calib_size,
+            iterations=iterations if takes else None,
+            device="cpu",
+            limit=limit,
+        )
+        for cell in cells:
+            row = compared(task, cell, target)
+            print(row, flush=True)
+            append(out, row)
+
+
+def append(path: Path, row: dict[str, Any]) -> None:
+    """Add a row to a CSV file; the first one brings the header."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(row))
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+if __name__ == "__main__":
+    main(app)

@@ -1,0 +1,124 @@
+"""Each quantizer's integers stand for its values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("onnxruntime", reason="the extra export is not installed")
+
+from graphs import run
+
+from iasvit.errors import IasvitError
+from iasvit.export.graph import Graph
+from iasvit.export.operands import MOST_PLANES, operand
+from iasvit.quantizers import (
+    AdaLogQuantizer,
+    Log2Quantizer,
+    Quantizer,
+    SULQuantizer,
+    SymmetricQuantizer,
+    TwinGELUQuantizer,
+    TwinSoftmaxQuantizer,
+    UniformQuantizer,
+)
+
+KINDS: dict[str, Callable[[int], Quantizer]] = {
+    "uniform": UniformQuantizer,
+    "symmetric": SymmetricQuantizer,
+    "log2": Log2Quantizer,
+    "log2_without_zero": lambda b: Log2Quantizer(b, percentiles=(1.0,), zero_code=False),
+    "log_sqrt2": lambda b: Log2Quantizer(b, steps_per_octave=2),
+    "adalog": AdaLogQuantizer,
+    "sulq": SULQuantizer,
+    "twin_softmax": TwinSoftmaxQuantizer,
+    "twin_gelu": TwinGELUQuantizer,
+    "per_channel": lambda b: UniformQuantizer(b, channel_dim=-1),
+}
+SOFTMAX = {"log2", "log2_without_zero", "log_sqrt2", "adalog", "sulq", "twin_softmax"}
+
+
+def values_of(kind: str, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(40, 50, generator=generator)
+    if kind in SOFTMAX:
+        return torch.softmax(3 * x, dim=-1)
+    return torch.nn.functional.gelu(2 * x) if kind == "twin_gelu" else x
+
+
+def exported(quantizer: Quantizer, x: Tensor, centred: bool = False) -> tuple[np.ndarray, int]:
+    """Values that the graph's integers stand for, and how many planes they have."""
+    graph = Graph("q_", centred)
+    made = operand(quantizer, graph, "x")
+    if made.values:
+        return run(graph, [made.values], x=x.numpy())[0], 0
+    codes = run(graph, [plane.codes for plane in made.planes], x=x.numpy())
+    for array, plane in zip(codes, made.planes, strict=True):
+        assert array.dtype == (np.int8 if plane.signed else np.uint8)
+        assert np.abs(array.astype(int)).max() <= plane.largest
+    parts = [
+        plane.scale * (array.astype(np.float64) - plane.zero_point - plane.rest)
+        for array, plane in zip(codes, made.planes, strict=True)
+    ]
+    return np.sum(parts, axis=0) + made.constant, len(made.planes)
+
+
+@pytest.mark.parametrize("n_bits", [2, 3, 4, 6, 8])
+@pytest.mark.parametrize("kind", KINDS)
+def test_integers_stand_for_the_values(kind: str, n_bits: int) -> None:
+    x = values_of(kind)
+    quantizer = KINDS[kind](n_bits)
+    quantizer.calibrate(x)
+    for centred in (False, True):
+        theirs, planes = exported(quantizer, x, centred)
+        mine = quantizer(x).numpy()
+        different = np.abs(theirs - mine) > 1e-5 * np.abs(mine) + 1e-7
+        assert different.sum() <= 1  # a value that lies on a tie
+        assert planes <= MOST_PLANES
+
+
+def test_what_a_softmax_of_three_and_four_bits_takes() -> None:
+    """3 bits of log2 fit one plane; 4 bits, 15 octaves, take two, and log-sqrt2 one for even and one for odd codes."""
+    x = values_of("log2")
+    for kind, n_bits, planes in (("log2", 3, 1), ("log2", 4, 2), ("log_sqrt2", 4, 2), ("log2", 6, 0)):
+        quantizer = KINDS[kind](n_bits)
+        quantizer.calibrate(x)
+        assert exported(quantizer, x)[1] == planes, (kind, n_bits)
+
+
+@pytest.mark.parametrize("zero_point", [-300, -100, 0, 15, 255, 256, 1000])
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("centred", [False, True])
+def test_a_zero_point_that_no_byte_holds(zero_point: int, signed: bool, centred: bool) -> None:
+    from iasvit.export.operands import uniform_plane
+
+    quantizer = UniformQuantizer(4)
+    quantizer.set_parameters(torch.tensor(0.1), torch.tensor(zero_point))
+    x = torch.linspace(-0.1, 0.2, 100) * 20 - 0.1 * (zero_point - 7)
+    graph = Graph("q_", centred)
+    plane = uniform_plane(quantizer, graph, "x", signed=signed)
+    (codes,) = run(graph, [plane.codes], x=x.numpy())
+    theirs = np.float32(0.1) * (codes.astype(np.float32) - plane.zero_point - plane.rest)
+    assert np.allclose(theirs, quantizer(x).numpy(), rtol=1e-5, atol=1e-6)
+    assert len(np.unique(codes)) == 16
+
+
+def test_an_unknown_kind_is_named() -> None:
+    class Other(UniformQuantizer.__mro__[1]):  # type: ignore[misc, name-defined]
+        kind = "other"
+        parameters_ = ()
+
+    with pytest.raises(IasvitError, match="kind 'other' cannot be exported"):
+        operand(Other(4), Graph("q_"), "x")
+
+
+def test_a_uniform_quantizer_rounds_ties_as_torch_does() -> None:
+    quantizer = UniformQuantizer(4)
+    quantizer.set_parameters(torch.tensor(1.0), torch.tensor(3))
+    x = torch.arange(-8, 20) / 2
+    theirs, _ = exported(quantizer, x)
+    assert np.array_equal(theirs, quantizer(x).numpy())
