@@ -150,9 +150,7 @@ def _list(
     if what:
         from iasvit.methods import descriptions  # torch, which takes seconds
 
-        print("
-
-".join(map(str, descriptions())))
+        print("\n\n".join(map(str, descriptions())))
         return
     for group, heading in (("iasvit.methods", "methods"), (BY_NAME, "methods, run where named"), (TASKS, "tasks")):
         print(f"{heading}:")
