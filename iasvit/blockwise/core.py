@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from iasvit.blockwise.losses import Block, Divergence, Loss
 from iasvit.blockwise.parts import Learnt, learning
 from iasvit.blockwise.steps import Group, minimise
-from iasvit.blockwise.teacher import Teacher, caller
+from iasvit.blockwise.teacher import Caller, Teacher, caller
 from iasvit.calibration import tensors
 from iasvit.models import Activation, Segment
 from iasvit.nn import QuantLayer, QuantMatMul
@@ -139,7 +139,7 @@ def reconstruct(job: SegmentJob, teacher: Teacher, loss: Loss, settings: Setting
         block = Block(job, learnt, teacher, settings.iterations, seed_of(seed, job.index, "loss"))
         loss.begin(block)
 
-        def output_of(images: Tensor) -> Tensor:
+        def output_of(images: Tensor, call: Caller = call) -> Tensor:
             # A cache of cast weights would outlive a captured step.
             with torch.autocast(device.type, torch.bfloat16, enabled=settings.autocast, cache_enabled=False):
                 return tensors(call(job.segment.run, inputs_of(job, settings, images)))[0].float()
@@ -154,7 +154,9 @@ def reconstruct(job: SegmentJob, teacher: Teacher, loss: Loss, settings: Setting
         def before(iteration: int) -> None:
             if loss.before(block, iteration) or iteration == 0:
                 drawn = torch.randperm(len(targets), generator=generator)[: settings.batch_size].to(device)
-                loss.set_unit(output_of(drawn), targets.gather(drawn), drawn)
+                loss.set_unit(
+                    output_of(drawn, caller(False)), targets.gather(drawn), drawn
+                )  # once: not worth compiling
 
         generator = torch.Generator().manual_seed(seed_of(seed, job.index, "unit"))
         minimise(

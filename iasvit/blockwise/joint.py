@@ -12,9 +12,9 @@ from torch.nn import functional as F
 from iasvit.blockwise.core import Settings, groups_of, seed_of
 from iasvit.blockwise.parts import learning
 from iasvit.blockwise.steps import minimise
-from iasvit.blockwise.teacher import Teacher, answers_of, caller
+from iasvit.blockwise.teacher import Caller, Teacher, answers_of, caller
 from iasvit.calibration import ActivationStore, tensors
-from iasvit.models import Activation, segments
+from iasvit.models import Activation, Segment, segments
 from iasvit.progress import Progress
 
 TINY = 1e-12
@@ -97,20 +97,20 @@ def learn_jointly(
     measured = [i for i in range(end - whole) if chain[i].modules and chain[i].reconstruct]
     units = torch.ones(len(measured) + 2, device=device)
 
-    def run(links: list, x: Activation) -> tuple[list[Tensor], Activation]:
+    def run(links: list[Segment], x: Activation, call: Caller) -> tuple[list[Tensor], Activation]:
         outputs = []
         for segment in links[: end - whole]:
             x = call(segment.run, x)
             outputs.append(tensors(x)[0].float())
         return outputs, x
 
-    def parts(images_: Tensor) -> Tensor:
+    def parts(images_: Tensor, call: Caller = call) -> Tensor:
         x = augmentation(images.gather(images_))
         with torch.autocast(device.type, torch.bfloat16, enabled=settings.autocast, cache_enabled=False):
             with torch.no_grad():
-                full, full_end = run(full_chain, x)
+                full, full_end = run(full_chain, x, call)
                 answers = answers_of(full_chain[-1], full_end) if whole else None
-            outputs, end_ = run(chain, x)
+            outputs, end_ = run(chain, x, call)
             errors = [(outputs[i] - full[i]).square().mean() for i in measured]
             if answers is None:
                 return torch.stack([*errors, *[torch.zeros_like(errors[0])] * 2])
@@ -130,7 +130,7 @@ def learn_jointly(
     def before(iteration: int) -> None:
         if iteration == 0:
             drawn = torch.arange(min(settings.batch_size, len(images)), device=device)
-            units.copy_(parts(drawn).clamp_min(TINY))
+            units.copy_(parts(drawn, caller(False)).clamp_min(TINY))  # once: not worth compiling
 
     with ExitStack() as stack, progress.phase("reconstruction, all blocks", settings.iterations) as bar:
         learnt = [

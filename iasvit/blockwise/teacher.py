@@ -16,6 +16,7 @@ from iasvit.errors import IasvitError
 from iasvit.models import Activation, Segment, adapter_for, segments
 
 Run = Callable[[Activation], Activation]
+Caller = Callable[[Run, Activation], Activation]
 
 
 @contextmanager
@@ -47,7 +48,7 @@ def _compiled_call() -> Callable[..., Activation]:
     return call
 
 
-def caller(compile: bool) -> Callable[[Run, Activation], Activation]:
+def caller(compile: bool) -> Caller:
     """What runs a segment: as it is, or fused by torch.compile."""
     return _compiled_call() if compile else _call
 
