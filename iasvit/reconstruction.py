@@ -79,7 +79,11 @@ def stream(
     """
     device = next(model.parameters()).device
     given = isinstance(calibration, ActivationStore)
-    images = calibration if given else calibration_store(calibration, device, memory_budget)
+    images: ActivationStore = (
+        calibration
+        if isinstance(calibration, ActivationStore)
+        else calibration_store(calibration, device, memory_budget)
+    )
     inputs_fp: Store = images
     inputs_q: Store = images
     chain = list(zip(segments(model), segments(quantized), strict=True))
