@@ -44,7 +44,8 @@ def run(module: str, calls: dict[str, tuple[str, int]], folder: Path, device: st
         folder: for these folders.
         device: in IASVIT_TEST_DEVICE of their environment.
     """
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), str(ROOT)]), "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join(filter(None, [str(ROOT / "tests"), str(ROOT), os.environ.get("PYTHONPATH")]))
+    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     # To look for GPUs must not touch the driver: it does not outlive a fork.
     env |= {"IASVIT_TEST_DEVICE": device, "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
     command = [sys.executable, str(Path(__file__)), module, json.dumps(calls), str(folder)]
