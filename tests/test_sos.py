@@ -89,7 +89,8 @@ def stages(monkeypatch: pytest.MonkeyPatch) -> list[Stage]:
         model: nn.Module, quantized: nn.Module, images: Tensor, fit: Callable, *args: Any, **kwargs: Any
     ) -> None:
         def watched(job: SegmentJob) -> None:
-            context.update(model=model, quantized=quantized, images=images, job=job)
+            given = images if isinstance(images, Tensor) else torch.cat(list(images.batches(BATCH)))
+            context.update(model=model, quantized=quantized, images=given, job=job)
             fit(job)
 
         plain_stream(model, quantized, images, watched, *args, **kwargs)

@@ -88,7 +88,7 @@ class Quantizer(nn.Module):
         return self._values(codes.to(torch.float32))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Fake-quantized x: decode(encode(x)), bit for bit, with the gradient of `_ste`; float32."""
+        """Fake-quantized x: decode(encode(x)), bit for bit, with the gradient of `_ste`; float32 for half precision."""
         if not self.enabled:
             return x
         if not self.calibrated:
@@ -98,7 +98,7 @@ class Quantizer(nn.Module):
                 "a quantized model cannot be traced by TorchScript or torch's exporter that rests on it; use "
                 "iasvit.export_onnx, or torch.export"
             )
-        x = x.float()
+        x = x.float() if x.dtype.itemsize < 4 else x
         if x.is_cpu and not (torch.is_grad_enabled() and x.requires_grad) and not torch.compiler.is_compiling():
             return self._evaluate(x.detach())
         if torch.compiler.is_compiling():  # an expression that fuses with its surroundings: x - x is 0, its gradient 1

@@ -29,7 +29,9 @@ _ROUNDING = 1.5 * 2.0**23
 
 
 def rounded_power_of_two_(exponent: Tensor) -> Tensor:
-    """2^round(exponent), exactly, exponents being clamped to [-126, 127]; overwrites its float32 argument."""
+    """2^round(exponent), exactly, exponents being clamped to [-126, 127]; overwrites its argument."""
+    if exponent.dtype != torch.float32:
+        return exponent.copy_(power_of_two(exponent.clamp(-126, 127).round()))
     bits = exponent.clamp_(-126, 127).add_(_ROUNDING).view(torch.int32).add_(127).bitwise_left_shift_(23)
     return bits.view(torch.float32)
 
