@@ -78,7 +78,6 @@ def stream(
             processes that have learnt different weights.
     """
     device = next(model.parameters()).device
-    given = isinstance(calibration, ActivationStore)
     images: ActivationStore = (
         calibration
         if isinstance(calibration, ActivationStore)
