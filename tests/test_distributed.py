@@ -46,7 +46,7 @@ def groups(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, list[End
 
 
 def load(folder: Path, name: str, rank: int = 0) -> dict[str, Any]:
-    return torch.load(folder / f"{name}-{rank}.pt" if name else folder / f"{rank}.pt")
+    return torch.load(folder / f"{name}-{rank}.pt" if name else folder / f"{rank}.pt", weights_only=True)
 
 
 def rows(folder: Path) -> list[dict[str, str]]:

@@ -97,8 +97,6 @@ class Comparison:
         quantizer = self.model.get_submodule(path)
         theirs = _values(operand, results)
         mine = values.double().numpy()
-        if theirs.shape != mine.shape:
-            theirs = theirs.swapaxes(-1, -2)
         wrong = np.abs(theirs - mine) > 1e-5 * np.abs(mine) + 1e-6 * np.abs(mine).max()
         found = self.differences[path]
         found.codes += wrong.size
@@ -122,7 +120,8 @@ def _values(operand: Operand, results: dict[str, np.ndarray]) -> np.ndarray:
         plane.scale * (results[plane.codes].astype(np.float64) - plane.zero_point - plane.rest)
         for plane in operand.planes
     ]
-    return np.sum(parts, axis=0) + operand.constant
+    values: np.ndarray = np.sum(parts, axis=0) + operand.constant
+    return values.transpose(operand.perm) if operand.perm else values
 
 
 def _near_a_tie(quantizer: Quantizer, x: Tensor) -> np.ndarray:

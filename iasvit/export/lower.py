@@ -170,10 +170,11 @@ class _Lower:
         source = right if transpose is None else transpose.input[0]
         b = self.emit.activation(second, source, _largest(a))
         plane = Plane(b.codes, float(b.scale), int(b.zero_point), int(b.rest))
-        self.done.operands[f"{path}.right_quantizer"] = Operand([plane])
+        perm: tuple[int, ...] = ()
         if transpose is not None:  # bytes are transposed, not floats
-            perm = list(next(attribute.ints for attribute in transpose.attribute if attribute.name == "perm"))
-            b = replace(b, codes=g.add("Transpose", b.codes, perm=perm))
+            perm = tuple(next(attribute.ints for attribute in transpose.attribute if attribute.name == "perm"))
+            b = replace(b, codes=g.add("Transpose", b.codes, perm=list(perm)))
+        self.done.operands[f"{path}.right_quantizer"] = Operand([plane], perm=perm)
         self.done.note(path, a.why)
         return self.emit.float_matmul(a.values, b) if a.why else self.emit.matmul(a, b)
 

@@ -59,12 +59,14 @@ class Operand:
         constant: added to every value: -η of SULQ.
         values: name of a float tensor of the quantized values, where there is no integer form.
         why: in which case this says why.
+        perm: the order in which the product takes the dimensions of the planes' codes; () as they are.
     """
 
     planes: list[Plane] = field(default_factory=list)
     constant: float = 0.0
     values: str = ""
     why: str = ""
+    perm: tuple[int, ...] = ()
 
 
 @singledispatch
