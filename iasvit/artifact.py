@@ -224,7 +224,7 @@ class _Placeholder(Quantizer):
 
 def _quantizer_classes(method: str) -> dict[str, type[Quantizer]]:
     base, *_ = split_variant(method)
-    if base in list_methods():
+    if base in list_methods(by_name=True):
         load_method_class(base)  # a third party's method brings its own quantizers
     classes: dict[str, type[Quantizer]] = {}
     stack = [Quantizer]

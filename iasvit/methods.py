@@ -104,7 +104,7 @@ def describe_method(method: Method) -> Description:
 
 def descriptions() -> list[Description]:
     """Those of all registered methods, by name."""
-    return [describe_method(get_method(name)) for name in list_methods()]
+    return [describe_method(get_method(name)) for name in list_methods(by_name=True)]
 
 
 def _entries() -> dict[str, EntryPoint]:
@@ -112,9 +112,13 @@ def _entries() -> dict[str, EntryPoint]:
     return {entry.name: entry for entry in sorted(found, key=lambda entry: entry.name)}
 
 
-def list_methods() -> list[str]:
-    """Names of all registered methods, sorted; not of those of the group BY_NAME, which need packages of their own."""
-    return [name for name, entry in _entries().items() if entry.group != BY_NAME]
+def list_methods(*, by_name: bool = False) -> list[str]:
+    """Names of the methods that run where none is named, sorted.
+
+    Args:
+        by_name: list those of the group BY_NAME too, which take long or need packages of their own.
+    """
+    return [name for name, entry in _entries().items() if by_name or entry.group != BY_NAME]
 
 
 _VARIANT = re.compile(r"(\w+)(?:\[((?:-\w+|\w+=[\w.+]+)(?:,?-\w+|,\w+=[\w.+]+)*)\])?")

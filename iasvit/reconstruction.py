@@ -14,13 +14,12 @@ from tqdm import tqdm
 
 from iasvit import distributed
 from iasvit.calibration import ActivationStore, Store, calibration_store, tensors
-from iasvit.distributed import SummedGradients
 from iasvit.errors import IasvitError
 from iasvit.methods import Calibration
 from iasvit.models import Activation, Segment, segments
 from iasvit.progress import Progress
 from iasvit.quantizers import Quantizer
-from iasvit.replay import Replayed, side_stream
+from iasvit.replay import LearningStep
 
 
 @dataclass(frozen=True)
@@ -213,13 +212,8 @@ def optimize(
     return float(step.loss)
 
 
-class _Step:
-    """One optimization step. On CUDA the third and later ones replay a graph of it: one launch in place of hundreds.
-
-    Several processes add up their gradients between the two halves of a step, each of which has its graph.
-    """
-
-    EAGER = 2  # steps before capture, which must find all lazily made state in place
+class _Step(LearningStep):
+    """One optimization step; the loss of the last stands in `loss`."""
 
     def __init__(
         self,
@@ -234,46 +228,19 @@ class _Step:
         self.run, self.inputs, self.targets, self.autocast = run, inputs, targets.leading, autocast
         device = parameters[0].device
         self.loss_of = _compiled_loss() if compile else _loss
-        self.lr = torch.zeros((), device=device)  # a tensor, so that a replayed graph reads each step's value
+        self.lr = torch.zeros((), device=device)
         own = len(range(batch_size)[distributed.own()])
         self.indices = torch.zeros(own, dtype=torch.int64, device=device)
         self.share = torch.full((), own / batch_size, device=device)
         self.loss = torch.zeros((), device=device)
-        on_gpu = device.type == "cuda"
-        self.optimizer = torch.optim.Adam(parameters, lr=self.lr, fused=on_gpu, capturable=on_gpu)
-        self.summed = SummedGradients(parameters) if distributed.world_size() > 1 else None
-        self.graphs: list[Replayed] = []
-        if on_gpu and inputs.resident and self.targets.resident:
-            self.graphs = [Replayed(self.EAGER, side_stream(device)) for _ in range(2 if self.summed else 1)]
+        super().__init__([(parameters, self.lr)], graphs=inputs.resident and self.targets.resident)
 
     def __call__(self, indices: Tensor, lr: float) -> None:
         self.indices.copy_(indices[distributed.own()])
         self.lr.fill_(lr)
-        if self.summed is None:
-            self._run(0, self._gradients_and_update)
-        else:
-            self._run(0, self._gradients)
-            distributed.add_up(self.summed.values)
-            self._run(1, self._update)
-
-    def _run(self, half: int, function: Callable[[], None]) -> None:
-        if self.graphs:
-            self.graphs[half](function, self._forget)
-        else:
-            function()
-
-    def _gradients_and_update(self) -> None:
-        self._gradients()
-        self._update()
-
-    def _forget(self) -> None:
-        if self.summed:
-            self.summed.values.zero_()
-        else:
-            self.optimizer.zero_grad(set_to_none=True)
+        self.step()
 
     def _gradients(self) -> None:
-        self._forget()
         if not len(self.indices):  # fewer images a batch than processes
             return
         inputs, targets = self.inputs.gather(self.indices), self.targets.gather(self.indices)
@@ -284,6 +251,6 @@ class _Step:
             torch.mul(self.loss, self.share, out=self.summed.loss)
 
     def _update(self) -> None:
-        self.optimizer.step()
+        super()._update()
         if self.summed:
             self.loss.copy_(self.summed.loss)

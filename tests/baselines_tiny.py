@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
@@ -16,6 +18,7 @@ from baselines.minmax import MinMax
 from baselines.ptq4vit import PTQ4ViT
 from baselines.repq_vit import RepQViT
 from baselines.rtn import RTN
+from iasvit.progress import Progress
 
 METHODS = {cls.name: cls for cls in (BasePTQ, MinMax, PTQ4ViT, RepQViT, RTN, GPTQ, GPTAQ, ERQ, AdaLog)}
 FAMILIES = ("vit", "swin")
@@ -47,3 +50,21 @@ def tiny_images(model: nn.Module, count: int, seed: int = 1) -> Tensor:
     """Noise images of the model's size."""
     size = model.patch_embed.img_size
     return torch.randn(count, 3, *size, generator=torch.Generator().manual_seed(seed))
+
+
+class Stopped(Exception):
+    """Raised by `StopAfter`."""
+
+
+class StopAfter(Progress):
+    """Stops the work when so many segments are recorded."""
+
+    def __init__(self, checkpoint: Path, segments: int) -> None:
+        super().__init__(checkpoint=checkpoint)
+        self.left = segments
+
+    def save(self, step: int, state: dict[str, Tensor]) -> None:
+        super().save(step, state)
+        self.left -= 1
+        if not self.left:
+            raise Stopped

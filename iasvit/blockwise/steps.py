@@ -11,10 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from iasvit import distributed
-from iasvit.distributed import SummedGradients
-from iasvit.replay import Replayed, side_stream
-
-EAGER = 2  # steps before capture, which must find all lazily made state in place
+from iasvit.replay import LearningStep
 
 
 @dataclass(frozen=True)
@@ -78,7 +75,7 @@ def minimise(
             for iteration in range(iterations):
                 if before is not None:
                     before(iteration)
-                step()
+                step.step()
                 if bar is not None:
                     bar.update()
         finally:
@@ -87,7 +84,7 @@ def minimise(
                 parameter.grad = None
 
 
-class _Step:
+class _Step(LearningStep):
     """One optimization step. What changes from step to step is read from tables on the device by the step's number."""
 
     def __init__(
@@ -101,8 +98,7 @@ class _Step:
         graphs: bool,
     ) -> None:
         self.loss = loss
-        parameters = [parameter for group in groups for parameter in group.parameters]
-        device = parameters[0].device
+        device = groups[0].parameters[0].device
         size = min(images, batch_size)
         generator = torch.Generator().manual_seed(seed)
         drawn = torch.stack([torch.randperm(images, generator=generator)[:size] for _ in range(iterations)])
@@ -112,43 +108,9 @@ class _Step:
         self.lrs = [torch.zeros((), device=device) for _ in groups]
         self.number = torch.zeros(1, dtype=torch.int64, device=device)
         self.share = torch.full((), own.shape[1] / size, device=device)
-        on_gpu = device.type == "cuda"
-        self.optimizer = torch.optim.Adam(
-            [{"params": list(group.parameters), "lr": lr} for group, lr in zip(groups, self.lrs, strict=True)],
-            fused=on_gpu,
-            capturable=on_gpu,
-        )
-        self.summed = SummedGradients(parameters) if distributed.world_size() > 1 else None
-        self.graphs: list[Replayed] = []
-        if on_gpu and graphs:
-            self.graphs = [Replayed(EAGER, side_stream(device)) for _ in range(2 if self.summed else 1)]
-
-    def __call__(self) -> None:
-        if self.summed is None:
-            self._run(0, self._gradients_and_update)
-        else:
-            self._run(0, self._gradients)
-            distributed.add_up(self.summed.values)
-            self._run(1, self._update)
-
-    def _run(self, half: int, function: Callable[[], None]) -> None:
-        if self.graphs:
-            self.graphs[half](function, self._forget)
-        else:
-            function()
-
-    def _gradients_and_update(self) -> None:
-        self._gradients()
-        self._update()
-
-    def _forget(self) -> None:
-        if self.summed:
-            self.summed.values.zero_()
-        else:
-            self.optimizer.zero_grad(set_to_none=True)
+        super().__init__([(group.parameters, lr) for group, lr in zip(groups, self.lrs, strict=True)], graphs)
 
     def _gradients(self) -> None:
-        self._forget()
         indices = self.batches.index_select(0, self.number)[0]
         if len(indices):  # there may be fewer images a batch than processes
             self.loss(indices, self.number[0].to(torch.float32)).backward(self.share)
@@ -156,5 +118,5 @@ class _Step:
     def _update(self) -> None:
         for lr, schedule in zip(self.lrs, self.schedules, strict=True):
             lr.copy_(schedule.index_select(0, self.number)[0])
-        self.optimizer.step()
+        super()._update()
         self.number.add_(1)

@@ -66,10 +66,11 @@ class _QuantWeight:
         weight, quantizer = self.weight, self.weight_quantizer
         if not isinstance(quantizer, Quantizer):  # what stands in its place while something of it is learnt
             return quantizer(weight)
-        sources = (weight, *quantizer.buffers())
         learning = torch.is_grad_enabled() and weight.requires_grad
-        no_version = any(source.is_inference() for source in sources)
-        if learning or no_version or not quantizer.enabled or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or learning or not quantizer.enabled:
+            return quantizer(weight)
+        sources = (weight, *quantizer.buffers())
+        if any(source.is_inference() for source in sources):  # they have no version
             return quantizer(weight)
         config = quantizer.config()
         if self._computed is None or not self._computed.is_of(sources, config):

@@ -71,12 +71,3 @@ def look_up(x: Tensor, table: Tensor, compute: Callable[[Tensor], Tensor]) -> Te
     if len(where):
         values.view(-1)[where] = compute(x.view(-1)[where])
     return values
-
-
-def keep_freed_memory() -> None:
-    """Have the C library keep blocks of up to 32 MiB that are freed, where it is glibc; elsewhere this does nothing.
-
-    It gives larger blocks than its threshold back to the system, which zeroes each page again when it is next touched:
-    for an attention map that takes longer than to compute it. The threshold follows the largest block freed.
-    """
-    torch.empty(2**25 - 2**16, dtype=torch.uint8, device="cpu")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from baselines_tiny import METHODS, tiny_images, tiny_model
+from baselines_tiny import METHODS, StopAfter, Stopped, tiny_images, tiny_model
 from tiny_models import same_bits
 from torch import Tensor, nn
 
@@ -52,29 +52,11 @@ def test_one_image_is_enough_and_leaves_no_nan(name: str) -> None:
     assert torch.isfinite(quantized(tiny_images(model, 2))).all()
 
 
-class _Stopped(Exception):
-    pass
-
-
-class _StopAfter(Progress):
-    """Stops the work when so many segments are recorded."""
-
-    def __init__(self, checkpoint: Path, segments: int) -> None:
-        super().__init__(checkpoint=checkpoint)
-        self.left = segments
-
-    def save(self, step: int, state: dict[str, Tensor]) -> None:
-        super().save(step, state)
-        self.left -= 1
-        if not self.left:
-            raise _Stopped
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_a_stopped_run_goes_on_after_the_last_segment(name: str, tmp_path: Path) -> None:
     expected = quantize(name)
-    with pytest.raises(_Stopped):
-        quantize(name, progress=_StopAfter(tmp_path, 2))
+    with pytest.raises(Stopped):
+        quantize(name, progress=StopAfter(tmp_path, 2))
     resumed = quantize(name, progress=Progress(checkpoint=tmp_path))
     assert same_bits(resumed.state_dict(), expected.state_dict())
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from baselines_tiny import FAMILIES, METHODS, tiny_images, tiny_model
+from baselines_tiny import FAMILIES, METHODS, StopAfter, Stopped, tiny_images, tiny_model
 from tiny_models import same_bits
 from torch import Tensor, nn
 
@@ -168,24 +168,6 @@ def test_bad_search_options_are_named(name: str, options: dict[str, float]) -> N
         METHODS[name](**options)
 
 
-class _Stopped(Exception):
-    pass
-
-
-class _StopAfter(Progress):
-    """Stops the work when so many segments are recorded."""
-
-    def __init__(self, checkpoint: Path, segments: int) -> None:
-        super().__init__(checkpoint=checkpoint)
-        self.left = segments
-
-    def save(self, step: int, state: dict[str, Tensor]) -> None:
-        super().save(step, state)
-        self.left -= 1
-        if not self.left:
-            raise _Stopped
-
-
 @pytest.mark.parametrize("name", ["ptq4vit", "base_ptq"])
 def test_a_stopped_search_goes_on_after_the_last_segment(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -195,8 +177,8 @@ def test_a_stopped_search_goes_on_after_the_last_segment(
     model = tiny_model("vit")
     images = tiny_images(model, 4)
     expected = quantize(model, images, name)
-    with pytest.raises(_Stopped):
-        quantize(model, images, name, progress=_StopAfter(tmp_path, 2))
+    with pytest.raises(Stopped):
+        quantize(model, images, name, progress=StopAfter(tmp_path, 2))
     searched: list[str] = []
     original = scale_search.search_layer
     monkeypatch.setattr(scale_search, "search_layer", lambda c, *args: (searched.append(c.name), original(c, *args)))
