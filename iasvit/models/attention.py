@@ -14,6 +14,7 @@ import torch
 from torch import fx, nn
 
 from iasvit.errors import IasvitError
+from iasvit.models.pieces import nest
 from iasvit.nn import QuantMatMul
 
 _PRODUCTS = (operator.matmul, torch.matmul, "matmul", "bmm", torch.bmm)
@@ -63,6 +64,10 @@ def explicit_attention(
     for node, product_name, product in zip(products, MATMUL_NAMES, (matmul_qk, matmul_av), strict=True):
         result.add_module(product_name, product)
         node.op, node.target = "call_module", product_name
+    graph = result.graph
+    between = nest(graph, *(n for n in graph.nodes if n.op == "call_module" and n.target in MATMUL_NAMES))
+    if between is not None:
+        result.add_module("between", fx.GraphModule({}, between, "Between"))
     result.recompile()
     return result.train(attention.training)
 
