@@ -72,6 +72,8 @@ class Emitter:
         dtype: Any
         if counts.min() >= -128 and counts.max() <= 127 and self.fits_signed(left_largest, int(np.abs(counts).max())):
             stored, dtype, zero, rest = counts, np.int8, np.zeros((), np.int64), np.zeros((), np.int64)
+        elif self.target == "openvino" and isinstance(layer, torch.nn.Linear):  # it takes no zero-points of weights
+            stored, dtype, zero, rest = codes - 128, np.int8, np.zeros((), np.int64), zero_point - 128
         elif zero_point.min() >= 0 and zero_point.max() <= 255:
             stored, dtype, zero, rest = codes, np.uint8, zero_point, np.zeros((), np.int64)
         else:
@@ -130,6 +132,13 @@ class Emitter:
 
     def _plane(self, left: Plane, right: Right, bias: np.ndarray | None) -> str:
         g = self.graph
+        if self.target == "openvino" and not left.rest and right.sums is not None and right.rest.any():
+            a, centred = self._dequantized(left), replace(right, rest=np.zeros((), np.int64))
+            total = g.add("MatMul", a, self.dequantized(centred))
+            ones = g.constant(np.ones((g.initializers[right.codes].dims[0], 1)), np.int8)
+            sums = g.add("MatMul", a, g.add("DequantizeLinear", ones, g.constant(1.0), g.constant(0, np.int8)))
+            moved = g.add("Mul", sums, g.constant(-right.scale * right.rest))
+            return g.add("Add", total, moved if bias is None else g.add("Add", moved, g.constant(bias)))
         if left.rest or right.rest.any():
             return self._with_rests(left, right, bias)
         if self.target == "openvino":

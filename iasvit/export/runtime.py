@@ -103,7 +103,11 @@ def _onnxruntime(package: Any, path: str, threads: int) -> tuple[Any, Any]:
 
 def _openvino(package: Any, path: str, threads: int) -> tuple[Any, Any]:
     # float32, where the CPU has bfloat16 too: codes would be others.
-    settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
+    settings = {
+        "INFERENCE_NUM_THREADS": threads,
+        "INFERENCE_PRECISION_HINT": "f32",
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,  # else activations of float layers lose bits
+    }
     compiled = package.Core().compile_model(path, "CPU", settings)
 
     def run(images: Any) -> Sequence[Any]:
