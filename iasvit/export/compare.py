@@ -110,18 +110,20 @@ class Comparison:
 
 
 def _names(operand: Operand) -> list[str]:
-    return [operand.values] if operand.values else [plane.codes for plane in operand.planes]
+    return [operand.values] if operand.values else [plane.values or plane.codes for plane in operand.planes]
 
 
 def _values(operand: Operand, results: dict[str, np.ndarray]) -> np.ndarray:
     if operand.values:
         return results[operand.values].astype(np.float64)
     parts = [
-        plane.scale * (results[plane.codes].astype(np.float64) - plane.zero_point - plane.rest)
+        results[plane.values].astype(np.float64)
+        if plane.values
+        else plane.scale * (results[plane.codes].astype(np.float64) - plane.zero_point - plane.rest)
         for plane in operand.planes
     ]
     values: np.ndarray = np.sum(parts, axis=0) + operand.constant
-    return values.transpose(operand.perm) if operand.perm else values
+    return values
 
 
 def _near_a_tie(quantizer: Quantizer, x: Tensor) -> np.ndarray:

@@ -14,12 +14,14 @@ from iasvit.errors import IasvitError
 from iasvit.export.graph import Graph
 from iasvit.export.operands import Operand, Plane, operand
 from iasvit.export.products import Emitter, conv_attributes
+from iasvit.export.qkv import split_qkv
 from iasvit.nn import QuantConv2d, QuantMatMul
 from iasvit.nn.layers import QuantLayer
-from iasvit.quantizers import AdaLogQuantizer, Log2Quantizer, Quantizer
+from iasvit.quantizers import AdaLogQuantizer, Log2Quantizer, Quantizer, UniformQuantizer
 
 DOMAIN = "iasvit"  # of the nodes that the trace has and the file has not
 INTEGER, FLOAT = "int8", "float"
+REARRANGING = ("Reshape", "Transpose")
 
 
 @dataclass
@@ -53,6 +55,7 @@ def lower(traced: onnx.ModelProto, model: nn.Module, target: str, vnni: bool) ->
     Raises:
         IasvitError: a quantizer has no form; the message names its layer.
     """
+    split_qkv(traced.graph, DOMAIN)
     graph = Graph("q_", centred=target == "openvino")
     work = _Lower(traced.graph, graph, Emitter(graph, target, vnni), Lowering())
     for node in traced.graph.node:
@@ -92,6 +95,7 @@ class _Lower:
     emit: Emitter
     done: Lowering
     _logarithms: dict[str, str] = field(default_factory=dict)
+    _inputs: dict[str, tuple[Operand, str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.makers = {name: node for node in self.source.node for name in node.output}
@@ -102,19 +106,23 @@ class _Lower:
         elif isinstance(module, QuantConv2d):
             result = self._convolution(node.input[0], path, module)
         else:
-            result = self._linear(node.input[0], path, module)
+            part = [attribute.i for attribute in node.attribute if attribute.name == "part"]
+            result = self._linear(node.input[0], path, module, *part)
         self.graph.nodes[-1].output[0] = node.output[0]
         assert result  # the last node's
 
     # ---- layers ------------------------------------------------------------------------------------------------------
 
-    def _linear(self, x: str, path: str, layer: Any) -> str:
-        bias = _bias(layer)
+    def _linear(self, x: str, path: str, layer: Any, part: int | None = None) -> str:
+        """A layer, or one of three equal parts of its outputs."""
+        bias, size = _bias(layer), len(layer.weight) // 3
+        rows = slice(None) if part is None else slice(part * size, (part + 1) * size)
+        bias = None if bias is None else bias[rows]
         left, why = self._input(layer.input_quantizer, x, path)
-        right = self.emit.weight(layer, _largest(left), transpose=True)
+        right = self.emit.weight(layer, _largest(left), transpose=True, rows=rows)
         if right is None:
             self.done.note(path, "its weight has no integer form")
-            total = self.graph.add("MatMul", left.values or x, self.graph.constant(_values(layer).T))
+            total = self.graph.add("MatMul", left.values or x, self.graph.constant(_values(layer)[rows].T))
             return total if bias is None else self.graph.add("Add", total, self.graph.constant(bias))
         self.done.note(path, why)
         if why:
@@ -151,8 +159,10 @@ class _Lower:
         """The left operand that a layer's input is, and why it stays float ("" where it does not)."""
         if quantizer is None or not quantizer.enabled:
             return Operand(values=x), "its input is not quantized"
-        left = self.done.operands[f"{path}.input_quantizer"] = operand(quantizer, self.graph, x)
-        return left, left.why
+        if path not in self._inputs:  # which three parts share
+            left = self.done.operands[f"{path}.input_quantizer"] = self._operand(quantizer, x)
+            self._inputs[path] = left, left.why
+        return self._inputs[path]
 
     # ---- products ----------------------------------------------------------------------------------------------------
 
@@ -163,20 +173,45 @@ class _Lower:
         if not first.enabled:
             self.done.note(path, "its operands are not quantized")
             return g.add("MatMul", left, right)
-        log = self._logarithm(left) if isinstance(first, (Log2Quantizer, AdaLogQuantizer)) else ""
-        a = self.done.operands[f"{path}.left_quantizer"] = operand(first, g, left, log)
-        maker = self.makers.get(right)
-        transpose = maker if maker is not None and maker.op_type == "Transpose" and not g.centred else None
-        source = right if transpose is None else transpose.input[0]
-        b = self.emit.activation(second, source, _largest(a))
-        plane = Plane(b.codes, float(b.scale), int(b.zero_point), int(b.rest))
-        perm: tuple[int, ...] = ()
-        if transpose is not None:  # bytes are transposed, not floats
-            perm = tuple(next(attribute.ints for attribute in transpose.attribute if attribute.name == "perm"))
-            b = replace(b, codes=g.add("Transpose", b.codes, perm=list(perm)))
-        self.done.operands[f"{path}.right_quantizer"] = Operand([plane], perm=perm)
+        a = self.done.operands[f"{path}.left_quantizer"] = self._operand(first, left)
+        source, order = self._source(second, right)
+        b = self.emit.activation(second, source, _largest(a), lambda plane: self._rearranged(plane, order))
+        plane = Plane(b.codes, float(b.scale), int(b.zero_point), int(b.rest), values=b.values)
+        self.done.operands[f"{path}.right_quantizer"] = Operand([plane])
         self.done.note(path, a.why)
         return self.emit.float_matmul(a.values, b) if a.why else self.emit.matmul(a, b)
+
+    # ---- operands ----------------------------------------------------------------------------------------------------
+
+    def _operand(self, quantizer: Quantizer, x: str) -> Operand:
+        """What a quantizer makes of x; of one plane it is quantized before it is rearranged."""
+        source, order = self._source(quantizer, x)
+        log = self._logarithm(x) if isinstance(quantizer, (Log2Quantizer, AdaLogQuantizer)) else ""
+        made = operand(quantizer, self.graph, source, log)
+        return replace(made, planes=[self._rearranged(plane, order) for plane in made.planes])
+
+    def _source(self, quantizer: Quantizer, x: str) -> tuple[str, list[onnx.NodeProto]]:
+        """The tensor that x is a rearrangement of, and the nodes that rearrange it; x itself where a quantizer is not
+        uniform of one scale.
+
+        Bytes move faster than floats, and the product before takes the quantizer in.
+        """
+        order: list[onnx.NodeProto] = []
+        if isinstance(quantizer, UniformQuantizer) and quantizer.channel_dim is None:
+            while (maker := self.makers.get(x)) is not None and maker.op_type in REARRANGING:
+                order.append(maker)
+                x = maker.input[0]
+        return x, order[::-1]
+
+    def _rearranged(self, plane: Plane, order: list[onnx.NodeProto]) -> Plane:
+        """A plane whose codes are in the order that nodes make; for OpenVINO its values, beside its QuantizeLinear."""
+        if not order:
+            return plane
+        name = self.emit.values(plane) if self.graph.centred else plane.codes
+        for node in order:
+            attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+            name = self.graph.add(node.op_type, name, *node.input[1:], **attributes)
+        return replace(plane, values=name) if self.graph.centred else replace(plane, codes=name)
 
     def _logarithm(self, x: str) -> str:
         """Name of log(x) where x is a softmax, which computes it as well; "" where it is none."""

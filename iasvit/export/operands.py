@@ -40,6 +40,7 @@ class Plane:
         rest: what a zero-point has beyond that type; 0 nearly always.
         largest: of |code|, as the tensor may hold it.
         signed: whether codes are int8.
+        values: name of the float tensor that they stand for, where a product takes that.
     """
 
     codes: str
@@ -48,6 +49,7 @@ class Plane:
     rest: int = 0
     largest: int = 255
     signed: bool = False
+    values: str = ""
 
 
 @dataclass(frozen=True)
@@ -59,14 +61,12 @@ class Operand:
         constant: added to every value: -η of SULQ.
         values: name of a float tensor of the quantized values, where there is no integer form.
         why: in which case this says why.
-        perm: the order in which the product takes the dimensions of the planes' codes; () as they are.
     """
 
     planes: list[Plane] = field(default_factory=list)
     constant: float = 0.0
     values: str = ""
     why: str = ""
-    perm: tuple[int, ...] = ()
 
 
 @singledispatch
@@ -156,18 +156,24 @@ def _ends(quantizer: Quantizer, graph: Graph) -> tuple[str, str]:
 # ---- twin ------------------------------------------------------------------------------------------------------------
 
 
-def _counts(graph: Graph, x: str, step: float, zero_point: int, largest: int) -> str:
-    codes = graph.add("QuantizeLinear", x, graph.constant(step), graph.constant(zero_point, np.uint8))
-    return graph.add("Clip", codes, graph.constant(0, np.uint8), graph.constant(largest, np.uint8))
+def _counts(graph: Graph, x: str, step: float, low: int, high: int, mask: str = "") -> Plane:
+    """Counts clip(round(x / step), low, high), and 0 where the bool tensor `mask` does not hold."""
+    if graph.centred:
+        x = graph.add("Mul", x, graph.add("Cast", mask, to=FLOAT)) if mask else x
+        plane = _centred_plane(graph, x, step, low, high)
+        assert plane is not None, "counts of a twin quantizer fit int8 or uint8"
+        return plane
+    codes = graph.add("QuantizeLinear", x, graph.constant(step), graph.constant(-low, np.uint8))
+    codes = graph.add("Clip", codes, graph.constant(0, np.uint8), graph.constant(high - low, np.uint8))
+    codes = graph.add("Mul", codes, graph.add("Cast", mask, to=UINT8)) if mask else codes
+    return Plane(codes, step, -low, largest=high - low)
 
 
 @operand.register
 def _(quantizer: TwinGELUQuantizer, graph: Graph, x: str, log_x: str = "") -> Operand:
     """Negative values saturate at 0 in the coarse plane, positive ones at the zero-point in the fine one."""
     half, fine, coarse = quantizer.half, _as_float(quantizer._fine), _as_float(quantizer.scale)
-    below = _counts(graph, x, fine, half, half)
-    above = _counts(graph, x, coarse, 0, half - 1)
-    return Operand([Plane(below, fine, half, largest=half), Plane(above, coarse, largest=half - 1)])
+    return Operand([_counts(graph, x, fine, -half, 0), _counts(graph, x, coarse, 0, half - 1)])
 
 
 @operand.register
@@ -175,13 +181,10 @@ def _(quantizer: TwinSoftmaxQuantizer, graph: Graph, x: str, log_x: str = "") ->
     """Each value is 0 in the plane of the other range."""
     half, fine, coarse = quantizer.half, _as_float(quantizer._fine), _as_float(quantizer.scale)
     end = float(quantizer._fine * half)
-    is_high = graph.add("Not", graph.add("Less", x, graph.constant(end)))
-    high = _counts(graph, x, coarse, 0, half - 1)
-    if end >= coarse / 2:  # else what lies in the fine range rounds to 0 by itself
-        high = graph.add("Mul", high, graph.add("Cast", is_high, to=UINT8))
-    low = _counts(graph, x, fine, 0, half - 1)
-    low = graph.add("Mul", low, graph.add("Cast", graph.add("Not", is_high), to=UINT8))
-    return Operand([Plane(low, fine, largest=half - 1), Plane(high, coarse, largest=half - 1)])
+    is_low = graph.add("Less", x, graph.constant(end))
+    # What lies in the fine range may round to 0 in the coarse one by itself.
+    is_high = graph.add("Not", is_low) if end >= coarse / 2 else ""
+    return Operand([_counts(graph, x, fine, 0, half - 1, is_low), _counts(graph, x, coarse, 0, half - 1, is_high)])
 
 
 # ---- logarithmic -----------------------------------------------------------------------------------------------------
@@ -212,8 +215,10 @@ def _power_planes(graph: Graph, powers: str, first: int, last: int, unit: float,
         powers: name of the float tensor of 2^-e, to some units in the last place.
         first, last: the least and the greatest e.
         unit: what 1 stands for.
-        mask: name of a uint8 tensor, 0 where values are none of these; "" where all are.
+        mask: name of a uint8 tensor, or for OpenVINO of a float one, 0 where values are none of these; "" where all are.
     """
+    if graph.centred:
+        return _float_power_planes(graph, powers, first, last, unit, mask)
     planes = []
     for start in range(first, last + 1, OCTAVES):
         end = min(start + OCTAVES - 1, last)
@@ -224,6 +229,22 @@ def _power_planes(graph: Graph, powers: str, first: int, last: int, unit: float,
             codes = graph.add("Mul", codes, graph.add("Cast", fits, to=UINT8))
         if mask:
             codes = graph.add("Mul", codes, mask)
+        planes.append(Plane(codes, scale * unit, largest=2 ** (end - start)))
+    return planes
+
+
+def _float_power_planes(graph: Graph, powers: str, first: int, last: int, unit: float, mask: str) -> list[Plane]:
+    """The same, masked before it is quantized: OpenVINO takes no step between QuantizeLinear and DequantizeLinear."""
+    powers = graph.add("Mul", powers, mask) if mask else powers
+    planes = []
+    for start in range(first, last + 1, OCTAVES):
+        end = min(start + OCTAVES - 1, last)
+        inside = powers
+        if start > first:
+            fits = graph.add("Less", powers, graph.constant(2.0 ** (0.5 - start)))
+            inside = graph.add("Mul", powers, graph.add("Cast", fits, to=FLOAT))
+        scale = 2.0**-end
+        codes = graph.add("QuantizeLinear", inside, graph.constant(scale * TILT), graph.constant(0, np.uint8))
         planes.append(Plane(codes, scale * unit, largest=2 ** (end - start)))
     return planes
 
@@ -250,9 +271,14 @@ def _(quantizer: Log2Quantizer, graph: Graph, x: str, log_x: str = "") -> Operan
         return Operand(values=values, why="its softmax spans too many octaves")
     if k == 1:
         return Operand(_power_planes(graph, powers, 0, last, scale))
-    # r = largest - q with largest odd: q is even where r is odd.
-    even = graph.add("BitwiseAnd", codes, graph.constant(1, np.uint8))
-    odd = graph.add("BitwiseXor", even, graph.constant(1, np.uint8))
+    if graph.centred:  # -q/2 less the integer below or at it is 0 for even q and 1/2 for odd q
+        octaves = graph.add("Mul", exponents, graph.constant(1 / LN2))
+        below = graph.add("Floor", graph.add("Add", octaves, graph.constant(0.25)))
+        odd = graph.add("Mul", graph.add("Sub", octaves, below), graph.constant(2.0))
+        even = graph.add("Sub", graph.constant(1.0), odd)
+    else:  # r = largest - q with largest odd: q is even where r is odd
+        even = graph.add("BitwiseAnd", codes, graph.constant(1, np.uint8))
+        odd = graph.add("BitwiseXor", even, graph.constant(1, np.uint8))
     planes = _power_planes(graph, powers, 0, last // 2, scale, even)
     halves = graph.add("Mul", powers, graph.constant(1 / math.sqrt(2)))  # odd q: 2^-((q + 1) / 2)
     return Operand(planes + _power_planes(graph, halves, 1, (last + 1) // 2, scale * math.sqrt(2), odd))

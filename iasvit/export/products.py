@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,6 +28,7 @@ class Right:
         dtype: np.int8 or np.uint8.
         scale, zero_point, rest: scalars, or one entry a column.
         sums: for weights the sum of (c - zero_point - rest) of each column; None for activations.
+        values: name of the float tensor that stands for it, where there is one already.
     """
 
     codes: str
@@ -35,6 +37,7 @@ class Right:
     zero_point: np.ndarray
     rest: np.ndarray
     sums: np.ndarray | None = None
+    values: str = ""
 
 
 @dataclass(frozen=True)
@@ -58,22 +61,27 @@ class Emitter:
 
     # ---- right operands ----------------------------------------------------------------------------------------------
 
-    def weight(self, layer: QuantLayer, left_largest: int, *, transpose: bool) -> Right | None:
-        """The weight of a layer, (out, in) or transposed; None where its quantizer has no integer form."""
+    def weight(
+        self, layer: QuantLayer, left_largest: int, *, transpose: bool, rows: slice = slice(None)
+    ) -> Right | None:
+        """The weight of a layer, (out, in) or transposed, or some of its rows; None where there is no integer form."""
         quantizer = layer.weight_quantizer
         uniform = isinstance(quantizer, UniformQuantizer) and quantizer.channel_dim in (None, 0)
         if not uniform or not quantizer.enabled:
             return None
-        codes = quantizer.encode(layer.weight.detach()).numpy().astype(np.int64)
-        rows = (-1, *[1] * (codes.ndim - 1))
+        codes = quantizer.encode(layer.weight.detach()).numpy().astype(np.int64)[rows]
+        column = (-1, *[1] * (codes.ndim - 1))
         zero_point = quantizer.zero_point.numpy().astype(np.int64)
-        counts = codes - zero_point.reshape(rows if zero_point.ndim else ())
-        scale = quantizer.scale.numpy()
+        zero_point = zero_point[rows] if zero_point.ndim else zero_point
+        counts = codes - zero_point.reshape(column if zero_point.ndim else ())
+        scale = quantizer.scale.numpy()[rows] if quantizer.scale.ndim else quantizer.scale.numpy()
         dtype: Any
         if counts.min() >= -128 and counts.max() <= 127 and self.fits_signed(left_largest, int(np.abs(counts).max())):
             stored, dtype, zero, rest = counts, np.int8, np.zeros((), np.int64), np.zeros((), np.int64)
         elif self.target == "openvino" and isinstance(layer, torch.nn.Linear):  # it takes no zero-points of weights
             stored, dtype, zero, rest = codes - 128, np.int8, np.zeros((), np.int64), zero_point - 128
+        elif self.vnni and zero_point.min() >= 0 and zero_point.max() <= 255:  # VNNI multiplies uint8 by int8 alone
+            stored, dtype, zero, rest = codes - 128, np.int8, zero_point - 128, np.zeros((), np.int64)
         elif zero_point.min() >= 0 and zero_point.max() <= 255:
             stored, dtype, zero, rest = codes, np.uint8, zero_point, np.zeros((), np.int64)
         else:
@@ -82,17 +90,24 @@ class Emitter:
         name = self.graph.constant(stored, dtype)
         return Right(name, dtype, scale, zero, rest, counts.reshape(len(counts), -1).sum(axis=1))
 
-    def activation(self, quantizer: Quantizer, x: str, left_largest: int) -> Right:
-        """A quantized activation x as right operand."""
+    def activation(
+        self,
+        quantizer: Quantizer,
+        x: str,
+        left_largest: int,
+        rearranged: Callable[[Plane], Plane] = lambda plane: plane,
+    ) -> Right:
+        """A quantized activation as right operand, which `rearranged` makes of the codes of x."""
         if not isinstance(quantizer, UniformQuantizer) or quantizer.channel_dim is not None:
             raise IasvitError(
                 f"its right operand has a quantizer of kind {quantizer.kind!r}; exported are uniform ones of one scale"
             )
         largest = quantizer.n_levels - 1
         signed = largest <= 127 and self.fits_signed(left_largest, largest)
-        plane = uniform_plane(quantizer, self.graph, x, signed=signed)
+        plane = rearranged(uniform_plane(quantizer, self.graph, x, signed=signed))
         dtype = np.int8 if plane.signed else np.uint8
-        return Right(plane.codes, dtype, np.float32(plane.scale), np.asarray(plane.zero_point), np.asarray(plane.rest))
+        zero_point, rest = np.asarray(plane.zero_point), np.asarray(plane.rest)
+        return Right(plane.codes, dtype, np.float32(plane.scale), zero_point, rest, values=plane.values)
 
     # ---- products ----------------------------------------------------------------------------------------------------
 
@@ -108,7 +123,12 @@ class Emitter:
             total = g.add("Add", total, self._plane(plane, right, None))
         if left.constant and right.sums is None:
             factor = np.float32(left.constant * right.scale)
-            total = g.add("Add", total, g.add("Mul", self._column_sums(right, FLOAT), g.constant(factor)))
+            if self.target == "openvino":  # whose codes are read by DequantizeLinear alone
+                factor, values = np.float32(left.constant), self.dequantized(right)
+                sums = g.add("ReduceSum", values, g.constant([-2], np.int64), keepdims=1)
+            else:
+                sums = self._column_sums(right, FLOAT)
+            total = g.add("Add", total, g.add("Mul", sums, g.constant(factor)))
         return total
 
     def float_matmul(self, values: str, right: Right, bias: np.ndarray | None = None) -> str:
@@ -120,6 +140,8 @@ class Emitter:
     def dequantized(self, right: Right, axis: int = -1) -> str:
         """The float values of a right operand, exactly."""
         g = self.graph
+        if right.values:
+            return right.values
         if not right.rest.any():
             scale, zero = np.broadcast_arrays(right.scale, right.zero_point)
             axes = {"axis": axis} if scale.ndim else {}
@@ -133,7 +155,7 @@ class Emitter:
     def _plane(self, left: Plane, right: Right, bias: np.ndarray | None) -> str:
         g = self.graph
         if self.target == "openvino" and not left.rest and right.sums is not None and right.rest.any():
-            a, centred = self._dequantized(left), replace(right, rest=np.zeros((), np.int64))
+            a, centred = self.values(left), replace(right, rest=np.zeros((), np.int64))
             total = g.add("MatMul", a, self.dequantized(centred))
             ones = g.constant(np.ones((g.initializers[right.codes].dims[0], 1)), np.int8)
             sums = g.add("MatMul", a, g.add("DequantizeLinear", ones, g.constant(1.0), g.constant(0, np.int8)))
@@ -142,7 +164,7 @@ class Emitter:
         if left.rest or right.rest.any():
             return self._with_rests(left, right, bias)
         if self.target == "openvino":
-            total = g.add("MatMul", self._dequantized(left), self.dequantized(right))
+            total = g.add("MatMul", self.values(left), self.dequantized(right))
             return total if bias is None else g.add("Add", total, g.constant(bias))
         if self.target == "onnxruntime":
             scale, zero = np.broadcast_arrays(right.scale, right.zero_point)
@@ -152,7 +174,10 @@ class Emitter:
             return g.add("MatMulIntegerToFloat", *inputs, domain=RUNTIME_DOMAIN)
         return self._scaled(self._integers(left, right), left, right, bias)
 
-    def _dequantized(self, plane: Plane) -> str:
+    def values(self, plane: Plane) -> str:
+        """The float values of a plane of the target "openvino"."""
+        if plane.values:
+            return plane.values
         zero = self.graph.constant(plane.zero_point, np.int8 if plane.signed else np.uint8)
         return self.graph.add("DequantizeLinear", plane.codes, self.graph.constant(plane.scale), zero)
 
@@ -204,7 +229,7 @@ class Emitter:
         geometry = conv_attributes(layer)
         column = (1, -1, 1, 1)
         if self.target == "openvino":
-            a = self._dequantized(plane)
+            a = self.values(plane)
             inputs = [a, self.dequantized(right, axis=0)] + ([] if bias is None else [g.constant(bias)])
             return g.add("Conv", *inputs, **geometry)
         zeros = [g.constant(plane.zero_point, np.uint8), g.constant(right.zero_point, right.dtype)]

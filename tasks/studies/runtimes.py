@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import collections
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -29,6 +28,7 @@ import typer
 from torch import nn
 
 import iasvit
+from iasvit.benchmark.provenance import PeakMemory
 from iasvit.cli import main, make_app
 from iasvit.export import ExportedModel
 from iasvit.export.floats import write_float
@@ -51,9 +51,9 @@ def cpu() -> tuple[str, str]:
     return facts.get("model name", "unknown"), " ".join(flag for flag in FLAGS if flag in flags)
 
 
-def ours(model: nn.Module, images: torch.Tensor, spec: str, method: str, backend: str, path: Path) -> Run:
-    """Our file of a model, quantized by a method."""
-    iasvit.export_onnx(iasvit.quantize(model, images, spec, method), path, target=backend)
+def ours(quantized: nn.Module, backend: str, path: Path, vnni: bool) -> Run:
+    """Our file of a quantized model."""
+    iasvit.export_onnx(quantized, path, target=backend, vnni=vnni)
     return of_file(path, backend)
 
 
@@ -101,12 +101,16 @@ def variants(name: str, method: str, folder: Path) -> dict[str, Run]:
         "torch fp32": lambda: of_torch(model, torch.float32),
         "torch bf16": lambda: of_torch(model, torch.bfloat16),
     }
-    for spec, by in (("W4A4", method), ("W4A4", "minmax"), ("W8A8", "minmax")):
-        for backend in ("onnxruntime", "openvino"):
-            path = folder / f"{spec}-{by}-{backend}.onnx"
-            makers[f"ours {spec} {by} {backend}"] = lambda s=spec, b=by, e=backend, p=path: ours(
-                model, images, s, b, e, p
-            )
+    has_vnni = "vnni" in cpu()[1]
+    for spec, by in (("W4A4", method), ("W4A4", "minmax"), ("W8A8", "minmax"), ("W8A8", "base_ptq")):
+        quantized = iasvit.quantize(model, images, spec, by)
+        iasvit.save(quantized, folder / f"{spec}-{by}-packed.safetensors")
+        for backend, vnni in (("onnxruntime", False), ("onnxruntime", True), ("openvino", False)):
+            if vnni and (spec == "W4A4" or not has_vnni):  # the same file there, or one that this CPU saturates
+                continue
+            label = f"{spec} {by} {backend}" + vnni * " vnni"
+            path = folder / f"{label.replace(' ', '-')}.onnx"
+            makers[f"ours {label}"] = lambda q=quantized, b=backend, p=path, v=vnni: ours(q, b, p, v)
     made = {}
     for label, make in makers.items():
         try:
@@ -157,9 +161,10 @@ def peak_memory(path: Path, backend: str, size: tuple[int, ...]) -> float:
 def _measure(path: Path, backend: str, size: list[int]) -> float:
     torch.set_num_threads(1)
     __import__(backend)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    memory = PeakMemory(torch.device("cpu"))
+    before = memory.mib()
     of_file(path, backend)(np.zeros((1, *size), np.float32))
-    return round((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024, 1)
+    return round(memory.mib() - before, 1)
 
 
 @app.command()
@@ -201,14 +206,16 @@ def runtimes(
                     }
                     print(row, flush=True)
                     append(out, row)
-            for path in sorted(folder.glob("*.onnx")):
+            for path in sorted(each for each in folder.iterdir() if each.suffix in (".onnx", ".safetensors")):
                 backend = "openvino" if "openvino" in path.name else "onnxruntime"
+                runs_there = path.suffix == ".onnx"
+                profiled = runs_there and backend == "onnxruntime"
                 row = {
                     "model": name,
                     "file": path.stem,
                     "bytes": path.stat().st_size,
-                    "peak_mib": peak_memory(path, backend, (3, 224, 224)),
-                    "profile": "" if backend == "openvino" else json.dumps(profile(path, images[:1])),
+                    "peak_mib": peak_memory(path, backend, (3, 224, 224)) if runs_there else "",
+                    "profile": json.dumps(profile(path, images[:1])) if profiled else "",
                 }
                 print(row, flush=True)
                 append(out.with_name("files.csv"), row)

@@ -66,6 +66,8 @@ def test_quantize(benchmark: BenchmarkFixture, method: str, backbone: str) -> No
 @pytest.mark.benchmark(group="evaluate a mini backbone, 16 images, W3A3")
 @pytest.mark.parametrize("method", ["fp32", "minmax", "ptq4vit", "repq_vit", "ias_vit"])
 def test_evaluate(benchmark: BenchmarkFixture, method: str) -> None:
+    if method not in ("fp32", "repq_vit") and not benchmark.enabled:
+        pytest.skip("one method shows that it works where nothing is measured")
     model = zoo.build("deit_t").eval()
     images = torch.randn(16, 3, 56, 56, generator=torch.Generator().manual_seed(0))
     if method != "fp32":

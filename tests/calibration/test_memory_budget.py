@@ -23,12 +23,9 @@ from iasvit.options import bytes_of, size_text
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "ias_vit": {"iterations": 2, "batch_size": 4, "lr": 1e-3, "init_size": 10},
-    "ias_vit[-sulq]": {"iterations": 1, "batch_size": 4},
-    "ias_vit[softmax=adalog]": {"iterations": 1, "batch_size": 4},
     "repq_vit": {},
     "minmax": {},
     "ptq4vit": {"candidates": 6, "rounds": 2},
-    "base_ptq": {"candidates": 6},
 }
 
 
@@ -46,21 +43,19 @@ def least_of(model: nn.Module, images: Tensor | list[Tensor], method: str, **opt
     return f"{match[1]}MiB"
 
 
-@pytest.mark.parametrize(
-    ("method", "family"), [*((name, "swin") for name in OPTIONS), ("ias_vit", "vit"), ("ptq4vit", "vit")]
-)
+@pytest.mark.parametrize(("method", "family"), [*((name, "swin") for name in OPTIONS), ("ptq4vit", "vit")])
 def test_results_are_equal_to_the_bit_whatever_the_budget(method: str, family: str) -> None:
     model, images, options = tiny_models.MODELS[family](), tiny_models.images(12), OPTIONS[method]
     free = iasvit.quantize(model, images, "W4A4", method, **options)
     least = least_of(model, images, method, **options)
     # At the minimum everything goes to files; with 2 MiB more some of it.
-    for given in (least, bytes_of(least) + 2**21, "4GiB"):
+    for given in (least, bytes_of(least) + 2**21):
         bounded = iasvit.quantize(model, iter(images.split(5)), "W4A4", method, memory_budget=given, **options)
         assert tiny_models.same_bits(free.state_dict(), bounded.state_dict())
         assert bounded.quantization.options == free.quantization.options
 
 
-@pytest.mark.parametrize("method", ["ias_vit", "minmax", "ptq4vit"])
+@pytest.mark.parametrize("method", ["ias_vit", "ptq4vit"])
 def test_a_detector_on_images_of_several_sizes_too(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny_detectors = pytest.importorskip("tiny_detectors")
     monkeypatch.setattr("iasvit.calibration.store.PASS_PIXELS", 2 * 64 * 64)  # so that images come in several passes
