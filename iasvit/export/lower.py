@@ -178,7 +178,7 @@ class _Lower:
         b = self.emit.activation(second, source, _largest(a), lambda plane: self._rearranged(plane, order))
         plane = Plane(b.codes, float(b.scale), int(b.zero_point), int(b.rest), values=b.values)
         self.done.operands[f"{path}.right_quantizer"] = Operand([plane])
-        self.done.note(path, a.why)
+        self.done.note(path, a.why or b.why)
         return self.emit.float_matmul(a.values, b) if a.why else self.emit.matmul(a, b)
 
     # ---- operands ----------------------------------------------------------------------------------------------------

@@ -103,7 +103,7 @@ def uniform_plane(quantizer: UniformQuantizer, graph: Graph, x: str, *, signed: 
     scale, zero_point, largest = _as_float(quantizer.scale), int(quantizer.zero_point), quantizer.n_levels - 1
     dtype = np.int8 if signed else np.uint8
     info = np.iinfo(dtype)
-    if graph.centred and (centred := _centred_plane(graph, x, scale, -zero_point, largest - zero_point)):
+    if graph.centred and (centred := _centred_plane(graph, x, scale, *counts_of(quantizer))):
         return centred
     if info.min <= zero_point <= info.max:
         codes = graph.add("QuantizeLinear", x, graph.constant(scale), graph.constant(zero_point, dtype))
@@ -118,16 +118,26 @@ def uniform_plane(quantizer: UniformQuantizer, graph: Graph, x: str, *, signed: 
     return Plane(codes, scale, rest=zero_point, largest=largest, signed=signed)
 
 
+def counts_of(quantizer: UniformQuantizer) -> tuple[int, int]:
+    """The least and the greatest code minus zero-point, of a quantizer of one scale."""
+    low = -int(quantizer.zero_point)
+    return low, low + quantizer.n_levels - 1
+
+
+def centred_type(low: int, high: int) -> type | None:
+    """The type that holds counts from `low` to `high`, np.uint8 or np.int8; None where neither does."""
+    if low >= 0 and high <= 255:
+        return np.uint8
+    return np.int8 if low >= -128 and high <= 127 else None
+
+
 def _centred_plane(graph: Graph, x: str, scale: float, low: int, high: int) -> Plane | None:
     """Counts clip(round(x / s), low, high), clipped before rounding, which is the same; None where they do not fit.
 
     A clip, a QuantizeLinear and a DequantizeLinear without zero-points are what OpenVINO makes one step of.
     """
-    if low >= 0 and high <= 255:
-        dtype: type = np.uint8
-    elif low >= -128 and high <= 127:
-        dtype = np.int8
-    else:
+    dtype = centred_type(low, high)
+    if dtype is None:
         return None
     inside = graph.add("Clip", x, graph.constant(low * scale), graph.constant(high * scale))
     codes = graph.add("QuantizeLinear", inside, graph.constant(scale), graph.constant(0, dtype))
@@ -137,6 +147,14 @@ def _centred_plane(graph: Graph, x: str, scale: float, low: int, high: int) -> P
 @operand.register
 def _(quantizer: UniformQuantizer, graph: Graph, x: str, log_x: str = "") -> Operand:
     if quantizer.channel_dim is None:
+        low, high = counts_of(quantizer)
+        if (
+            graph.centred and centred_type(low, high) is None
+        ):  # counted from the lowest value, which goes into a constant
+            scale = _as_float(quantizer.scale)
+            plane = _centred_plane(graph, graph.add("Add", x, graph.constant(-low * scale)), scale, 0, high - low)
+            assert plane is not None, "2^8 counts from 0 fit uint8"
+            return Operand([plane], low * scale)
         return Operand([uniform_plane(quantizer, graph, x)])
     if quantizer.channel_dim != -1:
         raise IasvitError(
@@ -215,7 +233,7 @@ def _power_planes(graph: Graph, powers: str, first: int, last: int, unit: float,
         powers: name of the float tensor of 2^-e, to some units in the last place.
         first, last: the least and the greatest e.
         unit: what 1 stands for.
-        mask: name of a uint8 tensor, or for OpenVINO of a float one, 0 where values are none of these; "" where all are.
+        mask: name of a tensor, 0 where values are none of these and 1 elsewhere, uint8 or for OpenVINO float; or "".
     """
     if graph.centred:
         return _float_power_planes(graph, powers, first, last, unit, mask)

@@ -11,7 +11,7 @@ import torch
 
 from iasvit.errors import IasvitError
 from iasvit.export.graph import FLOAT, INT32, INT64, RUNTIME_DOMAIN, Graph
-from iasvit.export.operands import Operand, Plane, uniform_plane
+from iasvit.export.operands import Operand, Plane, centred_type, counts_of, uniform_plane
 from iasvit.nn.layers import QuantLayer
 from iasvit.quantizers import Quantizer, UniformQuantizer
 
@@ -29,6 +29,7 @@ class Right:
         scale, zero_point, rest: scalars, or one entry a column.
         sums: for weights the sum of (c - zero_point - rest) of each column; None for activations.
         values: name of the float tensor that stands for it, where there is one already.
+        why: the reason why that is all there is; "" elsewhere.
     """
 
     codes: str
@@ -38,6 +39,7 @@ class Right:
     rest: np.ndarray
     sums: np.ndarray | None = None
     values: str = ""
+    why: str = ""
 
 
 @dataclass(frozen=True)
@@ -104,16 +106,30 @@ class Emitter:
             )
         largest = quantizer.n_levels - 1
         signed = largest <= 127 and self.fits_signed(left_largest, largest)
+        if self.target == "openvino" and centred_type(*counts_of(quantizer)) is None:
+            return self._float_activation(quantizer, x, rearranged)
         plane = rearranged(uniform_plane(quantizer, self.graph, x, signed=signed))
         dtype = np.int8 if plane.signed else np.uint8
         zero_point, rest = np.asarray(plane.zero_point), np.asarray(plane.rest)
         return Right(plane.codes, dtype, np.float32(plane.scale), zero_point, rest, values=plane.values)
+
+    def _float_activation(self, quantizer: UniformQuantizer, x: str, rearranged: Callable[[Plane], Plane]) -> Right:
+        """One with a zero-point, which OpenVINO 2026.4 computes wrongly in products that follow one another."""
+        g, (low, high) = self.graph, counts_of(quantizer)
+        scale = np.float32(float(quantizer.scale))
+        steps = g.add("Round", g.add("Div", x, g.constant(scale)))
+        values = g.add("Mul", g.add("Clip", steps, g.constant(low), g.constant(high)), g.constant(scale))
+        plane = rearranged(Plane("", float(scale), values=values))
+        zero = np.zeros((), np.int64)
+        return Right("", np.uint8, scale, zero, zero, values=plane.values, why="OpenVINO takes no zero-points there")
 
     # ---- products ----------------------------------------------------------------------------------------------------
 
     def matmul(self, left: Operand, right: Right, bias: np.ndarray | None = None) -> str:
         """left @ right + bias, in float32: every product of a plane exact, scaled once, then added."""
         g = self.graph
+        if self.target == "openvino":
+            left = _without_rests(left)
         if left.constant and right.sums is not None:
             sums = left.constant * right.scale.astype(np.float64) * right.sums
             bias = (sums if bias is None else bias + sums).astype(np.float32)
@@ -154,18 +170,10 @@ class Emitter:
 
     def _plane(self, left: Plane, right: Right, bias: np.ndarray | None) -> str:
         g = self.graph
-        if self.target == "openvino" and not left.rest and right.sums is not None and right.rest.any():
-            a, centred = self.values(left), replace(right, rest=np.zeros((), np.int64))
-            total = g.add("MatMul", a, self.dequantized(centred))
-            ones = g.constant(np.ones((g.initializers[right.codes].dims[0], 1)), np.int8)
-            sums = g.add("MatMul", a, g.add("DequantizeLinear", ones, g.constant(1.0), g.constant(0, np.int8)))
-            moved = g.add("Mul", sums, g.constant(-right.scale * right.rest))
-            return g.add("Add", total, moved if bias is None else g.add("Add", moved, g.constant(bias)))
+        if self.target == "openvino":
+            return self._of_values(left, right, bias)
         if left.rest or right.rest.any():
             return self._with_rests(left, right, bias)
-        if self.target == "openvino":
-            total = g.add("MatMul", self.values(left), self.dequantized(right))
-            return total if bias is None else g.add("Add", total, g.constant(bias))
         if self.target == "onnxruntime":
             scale, zero = np.broadcast_arrays(right.scale, right.zero_point)
             inputs = [left.codes, right.codes, g.constant(left.scale), g.constant(scale)]
@@ -174,12 +182,24 @@ class Emitter:
             return g.add("MatMulIntegerToFloat", *inputs, domain=RUNTIME_DOMAIN)
         return self._scaled(self._integers(left, right), left, right, bias)
 
+    def _of_values(self, left: Plane, right: Right, bias: np.ndarray | None) -> str:
+        """A product of dequantized operands. A rest of a weight, which is a row's sum in the end, is added apart."""
+        g, a, rest = self.graph, self.values(left), right.rest
+        if right.sums is not None and rest.any():
+            right = replace(right, rest=np.zeros((), np.int64))
+            sums = g.add("ReduceSum", a, g.constant([-1], np.int64), keepdims=1)
+            moved = g.add("Mul", sums, g.constant(-right.scale * rest))
+            moved = moved if bias is None else g.add("Add", moved, g.constant(bias))
+            return g.add("Add", g.add("MatMul", a, self.dequantized(right)), moved)
+        total = g.add("MatMul", a, self.dequantized(right))
+        return total if bias is None else g.add("Add", total, g.constant(bias))
+
     def values(self, plane: Plane) -> str:
-        """The float values of a plane of the target "openvino"."""
-        if plane.values:
-            return plane.values
-        zero = self.graph.constant(plane.zero_point, np.int8 if plane.signed else np.uint8)
-        return self.graph.add("DequantizeLinear", plane.codes, self.graph.constant(plane.scale), zero)
+        """The float values of a plane of the target "openvino", exactly."""
+        dtype = np.int8 if plane.signed else np.uint8
+        zero_point, rest = np.asarray(plane.zero_point), np.asarray(plane.rest)
+        scale = np.asarray(plane.scale, np.float32)
+        return self.dequantized(Right(plane.codes, dtype, scale, zero_point, rest, values=plane.values))
 
     def _integers(self, left: Plane, right: Right) -> str:
         g = self.graph
@@ -236,6 +256,13 @@ class Emitter:
         integers = g.add("ConvInteger", plane.codes, right.codes, *zeros, **geometry)
         scales = replace(right, scale=right.scale.reshape(column) if right.scale.ndim else right.scale)
         return self._scaled(integers, plane, scales, None if bias is None else bias.reshape(column))
+
+
+def _without_rests(left: Operand) -> Operand:
+    """The same operand with rests of zero-points as part of its constant, so that codes are all that is multiplied."""
+    constant = left.constant - sum(plane.scale * plane.rest for plane in left.planes if not plane.values)
+    planes = [plane if plane.values else replace(plane, rest=0) for plane in left.planes]
+    return replace(left, planes=planes, constant=constant)
 
 
 def conv_attributes(layer: torch.nn.Conv2d) -> dict[str, Any]:

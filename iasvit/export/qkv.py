@@ -1,4 +1,4 @@
-"""The layer that computes queries, keys and values together, as three: each is quantized where it leaves its product."""
+"""The layer that computes queries, keys and values, as three: each is quantized where it leaves its product."""
 
 from __future__ import annotations
 

@@ -1,13 +1,15 @@
 """Whether an exported file gives the model's number: `python -m tasks.studies.exported --backbone deit_t --bits W4A4`.
 
 Each cell is quantized as `iasvit run imagenet` does it, exported, and run beside the model on the whole split. A row
-counts the codes of all quantizers in both; those that differ first in an image, at a tie of rounding or not; and those
-behind them. Rows go to a CSV file. docs/deploy.md says how to read them.
+has the agreement of their answers, and beside it `agreement_moved`: the model's with itself where each pixel is moved
+to the next float. Of the first images it counts the codes of all quantizers in both; those that differ first in an
+image, at a tie of rounding or not; and those behind them. Rows go to a CSV file. docs/deploy.md says how to read them.
 """
 
 from __future__ import annotations
 
 import csv
+import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,6 +21,7 @@ import iasvit.methods
 from iasvit.benchmark.harness import Cell, make_method
 from iasvit.benchmark.provenance import describe_device
 from iasvit.cli import main, make_app
+from iasvit.export import ExportedModel
 from iasvit.export.compare import Comparison
 from iasvit.progress import Progress
 from iasvit.spec import QuantSpec
@@ -27,21 +30,31 @@ from tasks.imagenet import ImageNetTask
 app = make_app()
 
 
-def compared(task: ImageNetTask, cell: Cell, target: str) -> dict[str, Any]:
-    """The row of a cell."""
+def compared(task: ImageNetTask, cell: Cell, target: str, codes: int) -> dict[str, Any]:
+    """The row of a cell; codes are compared in the first `codes` images, answers in all."""
     network = task.load_model(cell.model)
     images = task.calibration(cell.model, cell.calib_size, cell.seed)
     torch.manual_seed(cell.seed)
     model = iasvit.quantize(network, images, QuantSpec.parse(cell.spec), make_method(cell), progress=Progress())
     comparison = Comparison(model, target)
-    right, agree, largest, count = [0, 0], 0, 0.0, 0
+    backend = "openvino" if target == "openvino" else "onnxruntime"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        iasvit.export_onnx(model, path, target=target)
+        exported = ExportedModel(path, backend)
+    right, agree, agree_moved, largest, count = [0, 0], 0, 0, 0.0, 0
     for batch, labels, _ in task.images.batches(task.models.config(cell.model)):
-        (mine,), (theirs,) = comparison.run(batch)
+        if count < codes:
+            comparison.run(batch)
+        with torch.inference_mode():
+            mine, theirs = model(batch), exported(batch)
+            moved = model(torch.nextafter(batch, torch.full_like(batch, torch.inf)))
         remap = (task.images.num_classes or {}).get(mine.shape[1])
         labels = labels if remap is None else remap[labels]
         tops = mine.argmax(dim=1), theirs.argmax(dim=1)
         right = [total + int((top == labels).sum()) for total, top in zip(right, tops, strict=True)]
         agree += int((tops[0] == tops[1]).sum())
+        agree_moved += int((tops[0] == moved.argmax(dim=1)).sum())
         largest = max(largest, (mine - theirs).abs().max().item())
         count += len(batch)
     found = comparison.differences.values()
@@ -55,6 +68,7 @@ def compared(task: ImageNetTask, cell: Cell, target: str) -> dict[str, Any]:
         "top1": round(100 * right[0] / count, 2),
         "top1_exported": round(100 * right[1] / count, 2),
         "agreement": round(100 * agree / count, 3),
+        "agreement_moved": round(100 * agree_moved / count, 3),
         "largest_difference": f"{largest:.3g}",
         "codes": sum(each.codes for each in found),
         "ties": sum(each.ties for each in found),
@@ -79,6 +93,7 @@ def exported(
     iterations: Annotated[int | None, typer.Option(help="Of methods that learn.")] = None,
     limit: Annotated[int | None, typer.Option(help="Evaluate only so many images.")] = None,
     target: Annotated[str, typer.Option(help="As of iasvit export.")] = "onnxruntime",
+    codes: Annotated[int, typer.Option(help="Images whose codes are compared; it takes memory and time.")] = 100,
     threads: Annotated[int, typer.Option(help="Of torch and the runtime.")] = 1,
     out: Annotated[Path, typer.Option(help="CSV file, appended to.")] = Path("results/exported/equality.csv"),
 ) -> None:
@@ -101,7 +116,7 @@ def exported(
             limit=limit,
         )
         for cell in cells:
-            row = compared(task, cell, target)
+            row = compared(task, cell, target, codes)
             print(row, flush=True)
             append(out, row)
 

@@ -37,6 +37,7 @@ from tasks.studies.exported import append
 app = make_app()
 BACKBONES = ("deit_small_patch16_224", "vit_base_patch16_224", "swin_tiny_patch4_window7_224")
 FLAGS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
+QUICK = {"base_ptq": {"candidates": 5}}  # a search changes scales, and no time
 Run = Callable[[np.ndarray], Any]
 
 
@@ -51,10 +52,15 @@ def cpu() -> tuple[str, str]:
     return facts.get("model name", "unknown"), " ".join(flag for flag in FLAGS if flag in flags)
 
 
-def ours(quantized: nn.Module, backend: str, path: Path, vnni: bool) -> Run:
-    """Our file of a quantized model."""
+def ours(quantized: nn.Module, images: torch.Tensor, backend: str, path: Path, vnni: bool) -> Run:
+    """Our file of a quantized model; how far its outputs lie from PyTorch's is printed."""
     iasvit.export_onnx(quantized, path, target=backend, vnni=vnni)
-    return of_file(path, backend)
+    run = of_file(path, backend)
+    with torch.inference_mode():
+        mine, theirs = quantized(images), torch.from_numpy(run(images.numpy())[0])
+    difference = ((theirs - mine).norm() / mine.norm()).item()
+    print(f"{path.stem}: relative difference of the outputs {difference:.2g}", flush=True)
+    return run
 
 
 def of_file(path: Path, backend: str) -> Run:
@@ -103,14 +109,14 @@ def variants(name: str, method: str, folder: Path) -> dict[str, Run]:
     }
     has_vnni = "vnni" in cpu()[1]
     for spec, by in (("W4A4", method), ("W4A4", "minmax"), ("W8A8", "minmax"), ("W8A8", "base_ptq")):
-        quantized = iasvit.quantize(model, images, spec, by)
+        quantized = iasvit.quantize(model, images, spec, by, **QUICK.get(by, {}))
         iasvit.save(quantized, folder / f"{spec}-{by}-packed.safetensors")
         for backend, vnni in (("onnxruntime", False), ("onnxruntime", True), ("openvino", False)):
             if vnni and (spec == "W4A4" or not has_vnni):  # the same file there, or one that this CPU saturates
                 continue
             label = f"{spec} {by} {backend}" + vnni * " vnni"
             path = folder / f"{label.replace(' ', '-')}.onnx"
-            makers[f"ours {label}"] = lambda q=quantized, b=backend, p=path, v=vnni: ours(q, b, p, v)
+            makers[f"ours {label}"] = lambda q=quantized, b=backend, p=path, v=vnni: ours(q, images, b, p, v)
     made = {}
     for label, make in makers.items():
         try:
