@@ -15,6 +15,7 @@ from iasvit.quantizers import (
     AdaLogQuantizer,
     Log2Quantizer,
     Quantizer,
+    ShiftedAdaLogQuantizer,
     SULQuantizer,
     TwinGELUQuantizer,
     TwinSoftmaxQuantizer,
@@ -84,7 +85,7 @@ def operand(quantizer: Quantizer, graph: Graph, x: str, log_x: str = "") -> Oper
     """
     raise IasvitError(
         f"a quantizer of kind {quantizer.kind!r} cannot be exported; exported are uniform, symmetric, log2, sulq, "
-        "adalog, twin_softmax and twin_gelu"
+        "adalog, adalog_gelu, twin_softmax and twin_gelu"
     )
 
 
@@ -327,26 +328,35 @@ def _(quantizer: SULQuantizer, graph: Graph, x: str, log_x: str = "") -> Operand
 @operand.register
 def _(quantizer: AdaLogQuantizer, graph: Graph, x: str, log_x: str = "") -> Operand:
     """A table: code → value as multiple of the least one's unit, in base 256, a plane a digit."""
+    return _adalog(quantizer, graph, log_x or graph.add("Log", x), 0.0)
+
+
+@operand.register
+def _(quantizer: ShiftedAdaLogQuantizer, graph: Graph, x: str, log_x: str = "") -> Operand:
+    """The same of x + shift, which is at least 0, and the constant -shift."""
+    shifted = graph.add("Max", graph.add("Add", x, graph.constant(quantizer.shift)), graph.constant(0.0))
+    return _adalog(quantizer, graph, graph.add("Log", shifted), quantizer.shift)
+
+
+def _adalog(quantizer: AdaLogQuantizer, graph: Graph, log_x: str, shift: float) -> Operand:
     scale, largest = _as_float(quantizer.scale), quantizer.n_levels - 1
     step = LN2 * int(quantizer.exponent) / 37
-    log_x = log_x or graph.add("Log", x)
     relative = graph.add("Sub", log_x, graph.constant(math.log(scale))) if scale != 1 else log_x
     codes, _ = _log_codes(quantizer, graph, relative, step, largest)
-    every = torch.arange(largest, -1, -1, dtype=torch.uint8)
-    values = quantizer.cpu().decode(every)
+    every = torch.arange(largest, -1, -1, dtype=torch.float32)
+    values = AdaLogQuantizer._values(quantizer.cpu(), every).double().numpy()  # before the shift is taken away
     index = graph.add("Cast", codes, to=INT32)
-    levels, unit = _levels(values.double().numpy() / scale, quantizer.n_bits)
+    levels, unit = _levels(values / scale, quantizer.n_bits)
     if levels is None:
-        return Operand(
-            values=graph.add("Gather", graph.constant(values.numpy()), index), why="its softmax spans too many octaves"
-        )
+        named = graph.add("Gather", graph.constant(values - shift), index)
+        return Operand(values=named, why="its quantizer spans too many octaves")
     planes = []
     for digit in range(MOST_PLANES):
         table = levels >> 8 * digit & 255
         if table.any():
             named = graph.add("Gather", graph.constant(table, np.uint8), index)
             planes.append(Plane(named, scale * unit * 256**digit))
-    return Operand(planes)
+    return Operand(planes, -shift)
 
 
 def _levels(values: np.ndarray, n_bits: int) -> tuple[np.ndarray | None, float]:

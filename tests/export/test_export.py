@@ -240,3 +240,21 @@ def test_a_twin_is_called_as_the_model_is(quantized: dict[str, nn.Module]) -> No
         assert torch.allclose(
             exported_twin(quantized["vit"], "onnxruntime")(images), quantized["vit"](images), atol=1e-4
         )
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("adalog", {}),
+        ("glf_q", {"iterations": 2, "batch_size": 4, "init_size": 4, "recipe": "fast", "relu_iterations": 2}),
+    ],
+)
+def test_methods_of_later_papers(method: str, options: dict) -> None:
+    """Norms without a mean, rotations, ReLU for GELU, and AdaLog on both sides of an MLP."""
+    model = iasvit.quantize(tiny_models.vit(depth=1), tiny_models.images(), "W3A3", method, **options)
+    comparison = Comparison(model)
+    (mine,), (theirs,) = comparison.run(tiny_models.images(12, seed=1))
+    assert sum(each.others for each in comparison.differences.values()) == 0
+    assert ((mine - theirs).abs().amax(dim=1) < 1e-4).sum() >= 9
+    floats = {path for path, form in comparison.forms.items() if form != "int8"}
+    assert floats == {"patch_embed.proj"}

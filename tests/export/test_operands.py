@@ -20,6 +20,7 @@ from iasvit.quantizers import (
     AdaLogQuantizer,
     Log2Quantizer,
     Quantizer,
+    ShiftedAdaLogQuantizer,
     SULQuantizer,
     SymmetricQuantizer,
     TwinGELUQuantizer,
@@ -34,6 +35,7 @@ KINDS: dict[str, Callable[[int], Quantizer]] = {
     "log2_without_zero": lambda b: Log2Quantizer(b, percentiles=(1.0,), zero_code=False),
     "log_sqrt2": lambda b: Log2Quantizer(b, steps_per_octave=2),
     "adalog": AdaLogQuantizer,
+    "adalog_gelu": ShiftedAdaLogQuantizer,
     "sulq": SULQuantizer,
     "twin_softmax": TwinSoftmaxQuantizer,
     "twin_gelu": TwinGELUQuantizer,
@@ -47,7 +49,7 @@ def values_of(kind: str, seed: int = 0) -> Tensor:
     x = torch.randn(40, 50, generator=generator)
     if kind in SOFTMAX:
         return torch.softmax(3 * x, dim=-1)
-    return torch.nn.functional.gelu(2 * x) if kind == "twin_gelu" else x
+    return torch.nn.functional.gelu(2 * x) if kind.endswith("_gelu") else x
 
 
 def exported(quantizer: Quantizer, x: Tensor, centred: bool = False) -> tuple[np.ndarray, int]:
@@ -83,8 +85,16 @@ def test_integers_stand_for_the_values(kind: str, n_bits: int) -> None:
 
 def test_what_a_softmax_of_three_and_four_bits_takes() -> None:
     """3 bits of log2 fit one plane; 4 bits, 15 octaves, take two, and log-sqrt2 one for even and one for odd codes."""
-    x = values_of("log2")
-    for kind, n_bits, planes in (("log2", 3, 1), ("log2", 4, 2), ("log_sqrt2", 4, 2), ("log2", 6, 0)):
+    given = (
+        ("log2", 3, 1),
+        ("log2", 4, 2),
+        ("log_sqrt2", 4, 2),
+        ("log2", 6, 0),
+        ("adalog", 3, 2),
+        ("adalog_gelu", 3, 2),
+    )
+    for kind, n_bits, planes in given:
+        x = values_of(kind)
         quantizer = KINDS[kind](n_bits)
         quantizer.calibrate(x)
         assert exported(quantizer, x)[1] == planes, (kind, n_bits)
