@@ -148,15 +148,7 @@ def _centred_plane(graph: Graph, x: str, scale: float, low: int, high: int) -> P
 @operand.register
 def _(quantizer: UniformQuantizer, graph: Graph, x: str, log_x: str = "") -> Operand:
     if quantizer.channel_dim is None:
-        low, high = counts_of(quantizer)
-        if (
-            graph.centred and centred_type(low, high) is None
-        ):  # counted from the lowest value, which goes into a constant
-            scale = _as_float(quantizer.scale)
-            plane = _centred_plane(graph, graph.add("Add", x, graph.constant(-low * scale)), scale, 0, high - low)
-            assert plane is not None, "2^8 counts from 0 fit uint8"
-            return Operand([plane], low * scale)
-        return Operand([uniform_plane(quantizer, graph, x)])
+        return _of_one_scale(quantizer, graph, x)
     if quantizer.channel_dim != -1:
         raise IasvitError(
             f"an activation quantizer has channel_dim {quantizer.channel_dim}; exported are those of the last dimension"
@@ -166,6 +158,16 @@ def _(quantizer: UniformQuantizer, graph: Graph, x: str, log_x: str = "") -> Ope
     counts = graph.add("Clip", graph.add("Add", steps, graph.constant(zero_point)), *_ends(quantizer, graph))
     values = graph.add("Mul", graph.add("Sub", counts, graph.constant(zero_point)), graph.constant(scale))
     return Operand(values=values, why="its input has a scale for each channel")
+
+
+def _of_one_scale(quantizer: UniformQuantizer, graph: Graph, x: str) -> Operand:
+    low, high = counts_of(quantizer)
+    if not graph.centred or centred_type(low, high) is not None:
+        return Operand([uniform_plane(quantizer, graph, x)])
+    scale = _as_float(quantizer.scale)  # counted from the lowest value, which is a constant then
+    plane = _centred_plane(graph, graph.add("Add", x, graph.constant(-low * scale)), scale, 0, high - low)
+    assert plane is not None, "up to 2^8 counts from 0 fit uint8"
+    return Operand([plane], low * scale)
 
 
 def _ends(quantizer: Quantizer, graph: Graph) -> tuple[str, str]:
