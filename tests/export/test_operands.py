@@ -90,8 +90,8 @@ def test_what_a_softmax_of_three_and_four_bits_takes() -> None:
         ("log2", 4, 2),
         ("log_sqrt2", 4, 2),
         ("log2", 6, 0),
-        ("adalog", 3, 2),
-        ("adalog_gelu", 3, 2),
+        ("adalog", 4, 1),
+        ("adalog_gelu", 4, 2),
     )
     for kind, n_bits, planes in given:
         x = values_of(kind)
