@@ -70,6 +70,24 @@ def test_the_largest_codes_do_not_saturate(n_bits: int, target: str) -> None:
     assert "int8" in through_graph(layer, x, target, vnni=True)[1]
 
 
+@pytest.mark.parametrize("vnni", [False, True])
+@pytest.mark.parametrize("target", ["onnxruntime", "onnx", "openvino"])
+def test_eight_bits_with_zero_points(target: str, vnni: bool) -> None:
+    """Counts that no int8 holds: uint8 with zero-points, or, where int8 is needed, moved by 128."""
+    generator = torch.Generator().manual_seed(0)
+    zero = torch.tensor([0, 20, 128, 255])
+    scale = torch.tensor([0.1, 0.2, 0.3, 0.4])
+    weight = scale[:, None] * (torch.randint(0, 256, (4, 40), generator=generator) - zero[:, None])
+    quantizer = UniformQuantizer(8, channel_dim=0)
+    quantizer.set_parameters(scale, zero)
+    layer = linear(quantizer, weight, uniform(4, 0.5, 3))
+    x = 0.5 * (torch.randint(0, 16, (3, 40), generator=generator) - 3).float()
+    theirs, used = through_graph(layer, x, target, vnni)
+    exact = x.double().numpy() @ weight.double().numpy().T + layer.bias.double().numpy()
+    assert np.allclose(theirs, exact, rtol=1e-5, atol=1e-4)
+    assert ("int8" in used) == (vnni or target == "openvino")
+
+
 def test_the_constant_of_sulq_is_a_column_sum() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.softmax(2 * torch.randn(6, 40, generator=generator), dim=-1)
