@@ -30,6 +30,7 @@ class BasePTQ(ScaleSearch):
     reference: ClassVar[str] = "arXiv:2111.12293, section 4.2"
     published: ClassVar[str] = "W6A6, W8A8 on ViT, DeiT, Swin"
     metric: ClassVar[type[CosineDistance]] = CosineDistance
+    candidate_forwards: ClassVar[float] = 4.0
 
     def weight_quantizer(self, site: Site) -> Quantizer:
         """Symmetric, one scale for each projection in the weight."""

@@ -33,6 +33,7 @@ class PTQ4ViT(ScaleSearch):
     reference: ClassVar[str] = "arXiv:2111.12293"
     published: ClassVar[str] = "W6A6, W8A8 by its authors; W3A3, W4A4 by others"
     metric: ClassVar[type[HessianGuided]] = HessianGuided
+    candidate_forwards: ClassVar[float] = 0.45
 
     def weight_quantizer(self, site: Site) -> Quantizer:
         """One scale for each projection of a Linear, one per output channel of a Conv2d."""

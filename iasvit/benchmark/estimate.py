@@ -85,8 +85,8 @@ def _forwards(cell: Cell, iterations: int | None, batch_size: int) -> float | No
     forwards = getattr(make_method(cell), "forwards", None)
     if forwards is not None:
         return forwards(cell.calib_size)
-    # A step is a forward and a backward with quantizers, in each of two stages; measured.
-    return None if iterations is None else 7.0 * iterations * batch_size + 4 * cell.calib_size
+    # A step is a forward and a backward with quantizers, in each of two stages; then the initialisation; measured.
+    return None if iterations is None else 7.0 * iterations * batch_size + 36 * cell.calib_size
 
 
 def _scaled(row: Row, key: Key, iterations: int | None, batch_size: int) -> float:

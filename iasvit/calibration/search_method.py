@@ -46,6 +46,7 @@ class ScaleSearch(ABC):
     memory_budget: MemoryBudget = None
 
     metric: ClassVar[type[Metric]]
+    candidate_forwards: ClassVar[float] = 1.5  # passes of an image that trying one scale for all takes, measured
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -57,8 +58,8 @@ class ScaleSearch(ABC):
         return min(self.init_size, calib_size)
 
     def forwards(self, calib_size: int) -> float:
-        """See `iasvit.methods.Method`; a search of every operand, measured."""
-        return 1.5 * self.rounds * self.candidates * self.images_used(calib_size)
+        """See `iasvit.methods.Method`; a search of every operand."""
+        return self.candidate_forwards * self.rounds * self.candidates * self.images_used(calib_size)
 
     def quantize(self, model: nn.Module, calibration: Calibration, spec: QuantSpec, progress: Progress) -> nn.Module:
         """See `iasvit.methods.Method`."""
