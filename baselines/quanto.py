@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from iasvit.export.extras import imported
 from iasvit.export.floats import first_batches, require_bits
@@ -60,4 +60,17 @@ class Quanto:
                 for image in first_batches(calibration, self.init_size):
                     quantized(image.to(device))
             quanto.freeze(quantized)
-        return quantized
+        return _OutsideInference(quantized)
+
+
+class _OutsideInference(nn.Module):
+    """A model that is computed as under torch.no_grad: quanto's packed weights fail under torch.inference_mode."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        with torch.inference_mode(False), torch.no_grad():
+            outputs: Tensor = self.model(images.clone())  # which is no tensor of inference mode
+        return outputs

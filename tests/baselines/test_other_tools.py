@@ -36,3 +36,11 @@ def test_what_a_tool_cannot_do_is_said(method: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(extras, "import_module", missing)
     with pytest.raises(IasvitError, match=r"pip install 'iasvit\[runtimes\]'"):
         iasvit.quantize(model, images, "W8A8", method)
+
+
+def test_packed_weights_of_quanto_are_evaluated_as_all_are() -> None:
+    pytest.importorskip("optimum.quanto", reason="the extra runtimes is not installed")
+    images, model = tiny_models.images(), tiny_models.vit(depth=1)
+    quantized = iasvit.quantize(model, images, "W4A8", "quanto", init_size=4)
+    with torch.inference_mode():
+        assert quantized(images).shape == model(images).shape
