@@ -15,7 +15,7 @@ def split_qkv(graph: onnx.GraphProto, domain: str) -> None:
     """Replace each such layer in a traced graph, in place, by three nodes of the same path, with attribute `part`.
 
     What it matches is Linear → Reshape → Transpose → one slice for each of the three, as timm and mmdet have it; what
-    looks otherwise stays. A factor on the queries moves before the rearrangement, which changes no bit.
+    looks otherwise stays. A scalar factor on the queries moves before the rearrangement, which changes no bit.
     """
     readers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
     for node in graph.node:
@@ -38,11 +38,11 @@ def split_qkv(graph: onnx.GraphProto, domain: str) -> None:
         for part, output in enumerate(parts):
             own = f"{node.output[0]}_{part}"
             made.append(helper.make_node("Linear", node.input, [own], domain=domain, path=path, part=part))
-            (reader, *others) = readers[output]
-            if not others and reader.op_type == "Mul" and reader.input[1] in constants:  # the queries' factor
-                made.append(helper.make_node("Mul", [own, reader.input[1]], [f"{own}_scaled"]))
-                own, output = f"{own}_scaled", reader.output[0]
-                inner.append(reader)
+            factor = _factor(readers[output], constants)
+            if factor is not None:
+                made.append(helper.make_node("Mul", [own, factor.input[1]], [f"{own}_scaled"]))
+                own, output = f"{own}_scaled", factor.output[0]
+                inner.append(factor)
             made.append(helper.make_node("Reshape", [own, name], [f"{own}_heads"], allowzero=1))
             made.append(helper.make_node("Transpose", [f"{own}_heads"], [output], perm=[0, 2, 1, 3]))
         replaced[node.output[0]] = made
@@ -56,6 +56,13 @@ def split_qkv(graph: onnx.GraphProto, domain: str) -> None:
     nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
     graph.ClearField("node")
     graph.node.extend(nodes)
+
+
+def _factor(readers: list[onnx.NodeProto], constants: dict[str, onnx.TensorProto]) -> onnx.NodeProto | None:
+    """The only reader, where it multiplies by one number; a factor for each head must stay behind the rearrangement."""
+    if len(readers) != 1 or readers[0].op_type != "Mul" or readers[0].input[1] not in constants:
+        return None
+    return None if constants[readers[0].input[1]].dims else readers[0]
 
 
 def _match(
