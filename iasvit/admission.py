@@ -124,7 +124,7 @@ def _probes(name: str, quantizer: Quantizer) -> Tensor:
 
     An attention map holds none below 0.
     """
-    shape = _parameter(quantizer).shape
+    shape = _parameter(quantizer).shape + (1,) * (getattr(quantizer, "channel_dim", None) == -2)
     codes = torch.arange(quantizer.n_levels, dtype=torch.uint8, device=_parameter(quantizer).device)
     ends = quantizer.decode(codes.view(-1, *[1] * len(shape)).expand(-1, *shape)).abs().amax().clamp_min(1e-6)
     values = torch.cat([torch.linspace(0, 1.5, PROBES), torch.logspace(-7, 0.5, PROBES)]).to(ends.device) * ends
@@ -152,7 +152,8 @@ def _granularity(quantizer: Quantizer) -> str:
     parameter = _parameter(quantizer)
     if parameter.numel() == 1:
         return "tensor"
-    return "token" if parameter.ndim > 1 and parameter.shape[-1] == 1 else "channel"
+    by_row = parameter.ndim > 1 and parameter.shape[-1] == 1
+    return "token" if by_row or getattr(quantizer, "channel_dim", None) == -2 else "channel"
 
 
 def _granularity_of_weight(layer: QuantLayer) -> str:

@@ -6,7 +6,7 @@ a network.
 """
 
 from iasvit.blockwise.core import Settings, reconstruct
-from iasvit.blockwise.initialise import INITIALISATIONS
+from iasvit.blockwise.initialise import INITIALISATIONS, per_token
 from iasvit.blockwise.losses import (
     Divergence,
     Fisher,
@@ -42,5 +42,6 @@ __all__ = [
     "Teacher",
     "learning",
     "mlp_weights",
+    "per_token",
     "reconstruct",
 ]

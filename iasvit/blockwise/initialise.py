@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection
 from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from iasvit.blockwise.output_search import search_outputs
 from iasvit.calibration import (
@@ -18,7 +18,8 @@ from iasvit.calibration import (
     run_all,
 )
 from iasvit.models import find_pairs, segments
-from iasvit.nn import quant_layers, quantizers_of
+from iasvit.nn import QuantLayer, QuantMatMul, quant_layers, quantizers_of
+from iasvit.quantizers import Quantizer, UniformQuantizer
 from iasvit.reparam import reparameterize
 
 
@@ -72,3 +73,38 @@ def initialise(name: str, quantized: nn.Module, images: ActivationStore, size: i
     calibrate_weights(quant_layers(quantized))
     if name == "searched":
         search_outputs(quantized, images, size, share)
+
+
+@torch.no_grad()
+def per_token(quantized: nn.Module, image: Tensor) -> None:
+    """Give uniform activation quantizers of one scale a scale and zero-point for each token's position, all equal yet.
+
+    A Linear's inputs (B, tokens, C) and the left operands of products, queries and attention maps, have them along the
+    tokens, and right operands along their last dimension: keys along the tokens, values along the channels. What has
+    another shape, as the head's inputs and Swin's maps (B, H, W, C), keeps its one scale. (FIMA-Q's public
+    configurations also have one for each head, and for each position of a map.)
+
+    Args:
+        quantized: all its quantizers calibrated.
+        image: (1, 3, H, W), to see how many tokens there are.
+    """
+    found: dict[Quantizer, tuple[int, int]] = {}
+
+    def see(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if isinstance(module, QuantMatMul):
+            found[module.left_quantizer] = -2, args[0].shape[-2]
+            found[module.right_quantizer] = -1, args[1].shape[-1]
+        elif module.input_quantizer is not None and args[0].ndim == 3:
+            found[module.input_quantizer] = -2, args[0].shape[-2]
+
+    modules = [module for module in quantized.modules() if isinstance(module, QuantLayer | QuantMatMul)]
+    handles = [module.register_forward_pre_hook(see) for module in modules]
+    try:
+        quantized(image)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for quantizer, (dim, size) in found.items():
+        if isinstance(quantizer, UniformQuantizer) and quantizer.channel_dim is None and quantizer.calibrated:
+            quantizer.channel_dim = dim
+            quantizer.set_parameters(quantizer.scale.expand(size), quantizer.zero_point.expand(size))

@@ -10,8 +10,7 @@ from typing import Annotated, ClassVar
 from torch import Tensor, nn
 
 from iasvit.blockwise.core import Settings, reconstruct
-from iasvit.blockwise.initialise import INITIALISATIONS, fold
-from iasvit.blockwise.initialise import initialise as initialise_all
+from iasvit.blockwise.initialise import INITIALISATIONS, fold, initialise
 from iasvit.blockwise.losses import Loss
 from iasvit.blockwise.teacher import Teacher, frozen
 from iasvit.blockwise.transforms import relu_transformed
@@ -186,10 +185,10 @@ class BlockReconstruction:
 
         smooth = self.smooth_settings(settings)
 
-        def initialise(images: ActivationStore) -> None:
+        def start(images: ActivationStore) -> None:
             with progress.phase("calibration"):
                 if smooth is None:
-                    initialise_all(self.initialisation, quantized, images, self.init_size, share)
+                    self.initialise(quantized, images, share)
                 else:
                     INITIALISATIONS[self.initialisation](quantized, images, self.init_size, share)
 
@@ -209,11 +208,15 @@ class BlockReconstruction:
             bool(segment.modules) for segment in segments(quantized)
         )
         with frozen(model):
-            stream(model, quantized, images, fit, progress, start=initialise, batch_size=64, steps=steps)
+            stream(model, quantized, images, fit, progress, start=start, batch_size=64, steps=steps)
             self.finish(quantized, teacher, settings, progress)
         for _, layer in quant_layers(quantized):
             layer.round_weight()
         return quantized
+
+    def initialise(self, quantized: nn.Module, images: ActivationStore, share: int | None) -> None:
+        """Set all quantizers before anything is learnt; `share`: bytes for each store of activations."""
+        initialise(self.initialisation, quantized, images, self.init_size, share)
 
     def finish(self, quantized: nn.Module, teacher: Teacher, settings: Settings, progress: Progress) -> None:
         """What is done when all blocks are learnt, before weights are rounded for good; nothing by default."""

@@ -12,6 +12,7 @@ from tiny_models import same_bits
 from torch import Tensor, nn
 
 import iasvit
+from baselines.adalog import AdaLog, AdaLogRetrained
 from baselines.aphq_vit import APHQViT
 from baselines.brecq import BRECQ
 from baselines.fima_q import FIMAQ
@@ -19,19 +20,20 @@ from baselines.glf_q import GLFQ
 from baselines.ls_vit import LSViT
 from baselines.qdrop import QDrop
 from iasvit import methods
-from iasvit.blend import Blend
+from iasvit.admission import admission
 from iasvit.blockwise import Loss, Teacher
 from iasvit.blockwise.joint import Augmentation
 from iasvit.errors import IasvitError
 from iasvit.nn import quant_layers, quantizers_of
 from iasvit.progress import Progress
 from iasvit.quantizers import UniformQuantizer
+from iasvit.unison import Unison
 
-METHODS = {cls.name: cls for cls in (QDrop, BRECQ, FIMAQ, LSViT, APHQViT, GLFQ, Blend)}
+METHODS = {cls.name: cls for cls in (QDrop, BRECQ, FIMAQ, LSViT, APHQViT, GLFQ, AdaLogRetrained, Unison)}
 SMALL = {
     "aphq_vit": {"relu": False},
     "glf_q": {"relu": False, "rotation": False},
-    "blend": {"joint_iterations": 2, "joint_batch_size": 4},
+    "unison": {"joint_iterations": 2, "joint_batch_size": 4},
 }
 every_method = pytest.mark.parametrize("name", METHODS)
 
@@ -93,7 +95,7 @@ def test_learning_lowers_the_error(name: str) -> None:
     model = tiny_model("vit")
     images = tiny_images(model, 16)
     full = model(images)
-    options = {"lr": 1e-2 if name in ("glf_q", "blend") else 0.1, "scale_lr": 1e-2, "joint_lr": 5e-3}
+    options = {"lr": 1e-2 if name in ("glf_q", "unison") else 0.1, "scale_lr": 1e-2, "joint_lr": 5e-3}
     known = methods.method_options(name)
 
     def error(**run: object) -> float:
@@ -103,6 +105,41 @@ def test_learning_lowers_the_error(name: str) -> None:
     before = error(iterations=0, joint_iterations=0)
     after = error(iterations=25, joint_iterations=10, batch_size=8, joint_batch_size=8, **options)
     assert after < 0.95 * before
+
+
+def test_adalog_is_retrained_from_where_it_is_calibrated() -> None:
+    model = tiny_model("vit")
+    images = tiny_images(model, 6)
+    calibrated = AdaLog(init_size=4, rounds=1, steps=1)
+    expected = iasvit.quantize(model, images, "W3A3", calibrated).state_dict()
+    begun = quantize(model, images, "adalog_retrained", iterations=0, rounds=1, steps=1).state_dict()
+    assert same_bits(begun, expected)
+    learnt = quantize(model, images, "adalog_retrained", rounds=1, steps=1, lr=0.1, scale_lr=1e-2).state_dict()
+    logarithmic = [name for name in learnt if name.endswith(".exponent")]
+    assert logarithmic
+    assert all(torch.equal(learnt[name], expected[name]) for name in logarithmic)
+    assert not torch.equal(learnt["blocks.0.attn.proj.weight"], expected["blocks.0.attn.proj.weight"])
+
+
+def test_fima_q_has_a_variant_of_a_scale_for_each_token(tmp_path: Path) -> None:
+    model = tiny_model("vit")
+    images = tiny_images(model, 6)
+    options = {"per_token": True, "scale_lr": 1e-2, "init_size": 6}
+    begun = quantize(model, images, "fima_q", iterations=0, **options)
+    same = quantize(model, images, "fima_q", iterations=0, init_size=6)
+    assert torch.equal(begun(images), same(images))  # as long as all positions have the same scale
+    quantized = quantize(model, images, "fima_q", **options)
+    attention = quantized.blocks[0].attn
+    tokens = attention.qkv.input_quantizer.scale
+    assert len(tokens) == model.pos_embed.shape[1]
+    assert tokens.unique().numel() > 1
+    assert quantized.head.input_quantizer.scale.ndim == 0
+    assert admission(quantized).violations == ["activations per token"]
+    assert not admission(same).violations
+    iasvit.save(quantized, tmp_path / "model.safetensors")
+    assert torch.equal(iasvit.load(tmp_path / "model.safetensors")(images), quantized(images))
+    with pytest.raises(IasvitError, match="exported are those of the last dimension"):
+        iasvit.export_onnx(quantized, tmp_path / "model.onnx")
 
 
 @pytest.mark.parametrize("initialisation", ["propagated", "observed", "searched"])
@@ -127,9 +164,9 @@ def test_every_initialisation_is_per_tensor_and_different(initialisation: str) -
     ],
 )
 @pytest.mark.parametrize("family", FAMILIES)
-def test_blends_options_combine(options: dict[str, object], family: str) -> None:
+def test_unisons_options_combine(options: dict[str, object], family: str) -> None:
     model = tiny_model(family)
-    quantized = quantize(model, tiny_images(model, 5), "blend", **options)
+    quantized = quantize(model, tiny_images(model, 5), "unison", **options)
     assert torch.isfinite(quantized(tiny_images(model, 2, seed=3))).all()
 
 
@@ -169,7 +206,7 @@ def test_what_cannot_be_rotated_is_one_sentence() -> None:
         quantize(model, tiny_images(model, 2), "glf_q", rotation=True)
 
 
-@pytest.mark.parametrize("name", ["glf_q", "aphq_vit", "blend"])
+@pytest.mark.parametrize("name", ["glf_q", "aphq_vit", "unison"])
 def test_the_network_is_transformed_before_and_its_file_loads(name: str, tmp_path: Path) -> None:
     model = tiny_model("vit")
     images = tiny_images(model, 6)

@@ -40,7 +40,7 @@ LOSSES: dict[str, Callable[[], Loss]] = {
 
 
 @dataclass
-class Blend(BlockReconstruction):
+class Unison(BlockReconstruction):
     """Weights and scales learnt by straight-through estimation, first block by block, then in all blocks at once.
 
     1. One pass of the quantized model sets the activation quantizers (I&S-ViT's code), the post-softmax one a searched
@@ -96,7 +96,7 @@ class Blend(BlockReconstruction):
     flip: bool = True
     mix: Annotated[float, Range(0, 1)] = 0.0
 
-    name: ClassVar[str] = "blend"
+    name: ClassVar[str] = "unison"
     recipes: ClassVar[dict[str, BlockRecipe]] = {
         "paper": BlockRecipe(500, 2e-4, 2e-3, 2000, 4e-4),
         "fast": BlockRecipe(100, 4e-4, 4e-3, 500, 4e-4),
