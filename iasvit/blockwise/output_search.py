@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,8 @@ from iasvit.quantizers import Quantizer, UniformQuantizer
 from iasvit.quantizers.uniform import range_to_uniform
 
 ROUNDS, CANDIDATES = 3, 128
-ROWS, MATRICES = 2**13, 2**7  # of a layer's inputs that its search reads at most, evenly spaced; of a product's
+ROWS = 2**13  # of a layer's inputs that its search reads at most, evenly spaced
+VALUES = 2**21  # of a product's operands and output, in whole matrices
 
 
 @torch.no_grad()
@@ -77,20 +78,38 @@ def search_layer(capture: Capture) -> None:
 
 def search_product(capture: Capture) -> None:
     """Choose the ranges of a product of activations."""
-    left, right, y = (_matrices(table) for table in (*capture.inputs, capture.output))
+    tables = (*capture.inputs, capture.output)
+    most = max(1, VALUES // max(table.shape[-1] * table.shape[-2] for table in tables))
+    left, right, y = (_matrices(table, most) for table in tables)
     operands = [(capture.layer.left_quantizer, left), (capture.layer.right_quantizer, right)]
     for _ in range(ROUNDS):
         for place, (quantizer, x) in enumerate(operands):
             if not _searchable(quantizer, None):
                 continue
-            other = _values(*operands[1 - place])
-
-            def error(values: Tensor, other: Tensor = other, first: bool = place == 0) -> Tensor:
-                product = values @ other if first else other @ values
-                return (product - y).square().sum(dtype=torch.float64)[None]
-
+            error = _product_error(_values(*operands[1 - place]), y, first=place == 0)
             found = [(error(quantizer._fake_quantize_with(x, s, z)), s, z) for s, z in _candidates(quantizer, x)]
             quantizer.set_parameters(*_best(found))
+
+
+def _product_error(other: Tensor, y: Tensor, first: bool) -> Callable[[Tensor], Tensor]:
+    """What measures |X̂ O - Y|² or, not `first`, |O X̂ - Y|², summed, but for what is the same for all X̂: (1,).
+
+    Where the inner dimension is the smaller one, as a form in X̂ that never makes the product: queries and keys.
+    """
+    transposed = other.transpose(-2, -1)
+    inner, outer = (other.shape[-2], other.shape[-1]) if first else (other.shape[-1], other.shape[-2])
+    if inner < outer:
+        gram, cross = (other @ transposed, y @ transposed) if first else (transposed @ other, transposed @ y)
+
+        def form(x: Tensor) -> Tensor:
+            return (((x @ gram if first else gram @ x) - 2 * cross) * x).sum(dtype=torch.float64)[None]
+
+        return form
+
+    def error(x: Tensor) -> Tensor:
+        return ((x @ other if first else other @ x) - y).square().sum(dtype=torch.float64)[None]
+
+    return error
 
 
 def _searchable(quantizer: Quantizer, channel_dim: int | None) -> bool:
@@ -130,10 +149,10 @@ def _rows(capture: Capture) -> tuple[Tensor, Tensor]:
     return x[chosen], y[chosen]
 
 
-def _matrices(table: Table) -> Tensor:
-    """At most MATRICES matrices of a product's operand."""
+def _matrices(table: Table, most: int) -> Tensor:
+    """At most so many matrices of a product's operand."""
     flat = table if isinstance(table, FileTensor) else table.flatten(0, -3)
-    return flat[_spaced(len(flat), MATRICES)]
+    return flat[_spaced(len(flat), most)]
 
 
 def _spaced(count: int, most: int) -> Tensor:

@@ -119,15 +119,16 @@ class _Timed(IASViT):
 
 
 @pytest.mark.benchmark(group="a step of learning against the float block's")
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("how", ["eager", "compile", "autocast and compile"])
 @pytest.mark.parametrize("stage", [1, 3])
-def test_step(benchmark: BenchmarkFixture, stage: int, compiled: bool) -> None:
-    if compiled and not benchmark.enabled:
+def test_step(benchmark: BenchmarkFixture, stage: int, how: str) -> None:
+    if how != "eager" and not benchmark.enabled:
         pytest.skip("compiling takes longer than it is worth where nothing is measured")
     model, images = backbone()
     images = images.repeat(8, 1, 1, 1)[: 128 if DEVICE.type == "cuda" else 8]
     count = 100 if DEVICE.type == "cuda" else 10
-    options = {"iterations": count if benchmark.enabled else 1, "batch_size": len(images) // 2, "compile": compiled}
+    options = {"iterations": count if benchmark.enabled else 1, "batch_size": len(images) // 2}
+    options |= {"compile": "compile" in how, "autocast": "autocast" in how}
     method = _Timed(**options, stage=stage, timed=lambda work, plain: paired(benchmark, work, plain, rounds=3))
     iasvit.quantize(model, images, "W3A3", method)
     assert method.ratio > 0

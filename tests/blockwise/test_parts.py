@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from iasvit.blockwise.core import rounding_error
-from iasvit.blockwise.output_search import CANDIDATES, search_layer, search_product
+from iasvit.blockwise.output_search import CANDIDATES, _product_error, search_layer, search_product
 from iasvit.blockwise.parts import AdaRound, Dropped, Learnt, LearntScale
 from iasvit.blockwise.steps import Group, minimise
 from iasvit.calibration.fisher import Capture
@@ -217,3 +217,17 @@ def test_a_products_ranges_lower_its_error_or_stay() -> None:
     after = (product(left, right) - y).square().sum()
     assert after < before
     assert not product.left_quantizer.zero_point.is_floating_point()
+
+
+@pytest.mark.parametrize("inner", [2, 9])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_products_error_is_that_of_the_product_but_for_a_constant(first: bool, inner: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(3, *shape, generator=generator) for shape in ((5, inner), (inner, 4)))
+    y = left @ right
+    x, other = (left, right) if first else (right, left)
+    error = _product_error(other + 0.1, y, first)
+    tries = [x + 0.2 * torch.randn(x.shape, generator=generator) for _ in range(4)]
+    plain = [((a @ (other + 0.1) if first else (other + 0.1) @ a) - y).square().sum() for a in tries]
+    differences = [error(a) - error(tries[0]) for a in tries]
+    torch.testing.assert_close(torch.cat(differences).float(), torch.stack(plain) - plain[0], rtol=1e-4, atol=1e-4)
