@@ -16,7 +16,7 @@ from iasvit.quantizers import Quantizer, UniformQuantizer
 from iasvit.quantizers.uniform import range_to_uniform
 
 ROUNDS, CANDIDATES = 3, 128
-ROWS = 2**13  # of a layer's inputs that its search reads at most, evenly spaced
+ROWS = 2**12  # of a layer's inputs that its search reads at most, evenly spaced
 VALUES = 2**21  # of a product's operands and output, in whole matrices
 
 
@@ -68,11 +68,8 @@ def search_layer(capture: Capture) -> None:
             weights.set_parameters(*_best(found))
         if inputs is None or not _searchable(inputs, None):
             return
-        answers = _values(weights, weight).T
-        tries = [
-            ((inputs._fake_quantize_with(x, s, z) @ answers - target).square().sum(dtype=torch.float64)[None], s, z)
-            for s, z in _candidates(inputs, x)
-        ]
+        of_inputs = _product_error(_values(weights, weight).T, target, first=True)
+        tries = [(of_inputs(inputs._fake_quantize_with(x, s, z)), s, z) for s, z in _candidates(inputs, x)]
         inputs.set_parameters(*_best(tries))
 
 
@@ -94,7 +91,7 @@ def search_product(capture: Capture) -> None:
 def _product_error(other: Tensor, y: Tensor, first: bool) -> Callable[[Tensor], Tensor]:
     """What measures |X̂ O - Y|² or, not `first`, |O X̂ - Y|², summed, but for what is the same for all X̂: (1,).
 
-    Where the inner dimension is the smaller one, as a form in X̂ that never makes the product: queries and keys.
+    Where the inner dimension is the smaller one (queries, keys, qkv, fc1) it is a form in X̂, without the product.
     """
     transposed = other.transpose(-2, -1)
     inner, outer = (other.shape[-2], other.shape[-1]) if first else (other.shape[-1], other.shape[-2])
