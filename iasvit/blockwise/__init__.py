@@ -1,7 +1,7 @@
 """Block reconstruction from parts: one core for the methods since BRECQ, each of which is a choice of these.
 
 `parts` stand in a quantizer's place while a block is learnt (AdaRound, learnt scales, QDrop), `losses` say what its
-outputs are compared by, `initialise` sets the quantizers before, `steps` is the loop, `core` learns one block, `method`
+outputs are compared by, `initialise` sets the quantizers before, `core` learns one block, `method`
 a network.
 """
 

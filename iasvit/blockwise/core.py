@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from iasvit.blockwise.losses import Block, Divergence, Loss
 from iasvit.blockwise.parts import Learnt, learning
-from iasvit.blockwise.steps import Group, minimise
 from iasvit.blockwise.teacher import Caller, Teacher, caller
 from iasvit.calibration import tensors
 from iasvit.models import Activation, Segment
 from iasvit.nn import QuantLayer, QuantMatMul
 from iasvit.progress import fingerprint
 from iasvit.reconstruction import SegmentJob
+from iasvit.steps import Group, minimise
 
 REGULARISER = 0.01  # weight of AdaRound's, as published
 BETA = (20.0, 2.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from iasvit.errors import IasvitError
 from iasvit.methods import Calibration
 from iasvit.models import MLP, Activation, Segment, adapter_for, segments
 from iasvit.progress import Progress, fingerprint
+from iasvit.steps import Group, minimise
 from iasvit.transforms.record import Step, changeable, recorded
 
 CLAMP_IMAGES = 64  # that the bound of the clamped term is taken from
@@ -89,14 +91,18 @@ def relu_mlps(
             both = store.map(learner.run, batch_size, segment.name)
             assert isinstance(both, TupleStore)
             store, inputs = both.parts
-            generator = torch.Generator().manual_seed(int(fingerprint(seed, index, "relu"), 16) % 2**63)
             bound = learner.bound(inputs, clamp_percentile, batch_size)
             weight = weights.get(segment.name, torch.ones(())).to(device)
-            for step in range(iterations):
-                rate = lr * (1 + math.cos(math.pi * step / iterations)) / 2
-                chosen = torch.randperm(len(inputs), generator=generator)[:batch_size]
-                learner.learn(inputs.gather(chosen), bound, weight, rate)
-                bar.update()
+            minimise(
+                partial(learner.loss, inputs, bound, weight),
+                [Group(learner.parameters, lr)],
+                images=len(inputs),
+                iterations=iterations,
+                batch_size=batch_size,
+                seed=int(fingerprint(seed, index, "relu"), 16) % 2**62,
+                graphs=inputs.resident,
+                bar=bar,
+            )
             learner.finish()
     options = {"iterations": iterations, "lr": lr, "batch_size": batch_size, "seed": seed}
     options |= {"clamp_percentile": clamp_percentile, "weighted": bool(weights)}
@@ -119,9 +125,6 @@ class _Learner:
         setattr(owner, attribute, nn.ReLU())
         self.parameters = [p for layer in (mlp.fc1, mlp.fc2) for p in layer.parameters()]
         self.required = [p.requires_grad for p in self.parameters]
-        self.optimizer = torch.optim.Adam(self.parameters)
-        for parameter in self.parameters:
-            parameter.requires_grad_(True)
 
     def run(self, x: Activation) -> Activation:
         """The given segment's output and its MLP's input."""
@@ -143,25 +146,19 @@ class _Learner:
             return torch.full((), math.inf, device=inputs.device)
         return positive.kthvalue(max(1, math.ceil(percentile * len(positive)))).values
 
-    @torch.enable_grad()
-    def learn(self, x: Tensor, bound: Tensor, weight: Tensor, lr: float) -> None:
-        """One step of Adam on the inputs (B, ..., C) of the MLP."""
+    def loss(self, inputs: ActivationStore, bound: Tensor, weight: Tensor, images: Tensor, step: Tensor) -> Tensor:
+        """That of these images, (B,) int64, whose MLP inputs (B, ..., C) are in the store."""
+        x = inputs.gather(images)
         with torch.no_grad():
             target = self.given.fc2(self.act(self.given.fc1(x)))
         hidden = F.relu(self.mlp.fc1(x))
         error = self.mlp.fc2(hidden) - target
         clamped = self.mlp.fc2(torch.minimum(hidden, bound)) - target
-        loss = (weight * error.square()).mean() + 2 * (weight * clamped.square()).mean()
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        self.optimizer.step()
+        return (weight * error.square()).mean() + 2 * (weight * clamped.square()).mean()
 
     def finish(self) -> None:
         """Give the parameters back as they were, but for what they have learnt."""
         for parameter, required in zip(self.parameters, self.required, strict=True):
             parameter.requires_grad_(required)
-            parameter.grad = None
         if not all(torch.isfinite(parameter).all() for parameter in self.parameters):
             raise IasvitError(f"the reconstruction of {self.mlp.name!r} came to NaN or Inf; give a lower lr")

@@ -95,7 +95,7 @@ def test_learning_lowers_the_error(name: str) -> None:
     model = tiny_model("vit")
     images = tiny_images(model, 16)
     full = model(images)
-    options = {"lr": 1e-2 if name in ("glf_q", "unison") else 0.1, "scale_lr": 1e-2, "joint_lr": 5e-3}
+    options = {"lr": 3e-3 if name in ("glf_q", "unison") else 0.1, "scale_lr": 1e-2, "joint_lr": 1e-3}
     known = methods.method_options(name)
 
     def error(**run: object) -> float:

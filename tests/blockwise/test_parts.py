@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from iasvit.blockwise.core import rounding_error
 from iasvit.blockwise.output_search import CANDIDATES, _product_error, search_layer, search_product
 from iasvit.blockwise.parts import AdaRound, Dropped, Learnt, LearntScale
-from iasvit.blockwise.steps import Group, minimise
 from iasvit.calibration.fisher import Capture
 from iasvit.nn import QuantLinear, QuantMatMul
 from iasvit.quantizers import UniformQuantizer
+from iasvit.steps import Group, minimise
 
 
 def calibrated(x: Tensor, n_bits: int = 3, channel_dim: int | None = None, percentile: float = 1.0) -> UniformQuantizer:
