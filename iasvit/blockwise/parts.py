@@ -94,8 +94,9 @@ class LearntScale(nn.Module):
         self.factor = nn.Parameter(quantizer.scale / unit)
 
     def scale(self) -> Tensor:
-        """s, of the quantizer's shape, above 0."""
-        return (self.factor * self.unit).clamp_min(SMALLEST_SCALE)
+        """s, of the quantizer's shape, above 0; a step that goes below it can be taken back, as the gradient stays."""
+        scale = self.factor * self.unit
+        return scale + (scale.clamp_min(SMALLEST_SCALE) - scale).detach()
 
     def forward(self, x: Tensor) -> Tensor:
         """Fake-quantized x, float32."""

@@ -231,3 +231,12 @@ def test_a_products_error_is_that_of_the_product_but_for_a_constant(first: bool,
     plain = [((a @ (other + 0.1) if first else (other + 0.1) @ a) - y).square().sum() for a in tries]
     differences = [error(a) - error(tries[0]) for a in tries]
     torch.testing.assert_close(torch.cat(differences).float(), torch.stack(plain) - plain[0], rtol=1e-4, atol=1e-4)
+
+
+def test_a_scale_that_a_step_brings_below_0_comes_back() -> None:
+    x = torch.randn(64, generator=torch.Generator().manual_seed(0))
+    learnt = LearntScale(calibrated(x))
+    learnt.factor.data.fill_(-0.05)
+    assert learnt.scale() > 0
+    (learnt(x) - x).square().mean().backward()
+    assert learnt.factor.grad < 0  # so that descent makes it larger
