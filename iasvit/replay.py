@@ -69,6 +69,7 @@ class LearningStep(ABC):
         device = parameters[0].device
         on_gpu = device.type == "cuda"
         options: list[dict[str, Any]] = [{"params": list(group), "lr": lr} for group, lr in groups]
+        self.parameters = parameters
         self.optimizer = torch.optim.Adam(options, fused=on_gpu, capturable=on_gpu)
         self.summed = SummedGradients(parameters) if distributed.world_size() > 1 else None
         self.graphs: list[Replayed] = []
@@ -83,6 +84,9 @@ class LearningStep(ABC):
             self._run(0, self._gradients_from_none)
             distributed.add_up(self.summed.values)
             self._run(1, self._update)
+        # Neither a fused Adam nor a graph tells torch that parameters have changed, and layers keep quantized weights.
+        for parameter in self.parameters:
+            torch.autograd.graph.increment_version(parameter)
 
     @abstractmethod
     def _gradients(self) -> None:

@@ -13,7 +13,8 @@ import pytest
 import tiny_models
 import torch
 
-from iasvit import reconstruction, sos
+from baselines.glf_q import GLFQ
+from iasvit import reconstruction, sos, steps
 from iasvit.progress import Progress
 from iasvit.reconstruction import SegmentJob
 from iasvit.sos import IASViT
@@ -38,6 +39,20 @@ def test_replayed_steps_learn_what_eager_steps_do(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(reconstruction._Step, "EAGER", 1000)
     eager = quantize()
     for name, value in eager.items():
+        torch.testing.assert_close(replayed[name], value, msg=name)
+
+
+def test_replayed_steps_of_block_methods_learn_what_eager_steps_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """GLF-Q learns the weights that quantizers read as they are, behind the frozen rest of the network."""
+    method = GLFQ(iterations=6, batch_size=5, lr=1e-3, relu=False, rotation=False, init_size=5)
+
+    def quantized() -> dict[str, torch.Tensor]:
+        model, images = tiny_models.vit().cuda(), tiny_models.images().cuda()
+        return method.quantize(model, images, QuantSpec(4, 4), Progress()).state_dict()
+
+    replayed = quantized()
+    monkeypatch.setattr(steps._Step, "EAGER", 1000)
+    for name, value in quantized().items():
         torch.testing.assert_close(replayed[name], value, msg=name)
 
 

@@ -240,3 +240,25 @@ def test_a_scale_that_a_step_brings_below_0_comes_back() -> None:
     assert learnt.scale() > 0
     (learnt(x) - x).square().mean().backward()
     assert learnt.factor.grad < 0  # so that descent makes it larger
+
+
+def test_a_layer_computes_its_weight_anew_after_steps_of_a_fused_adam(
+    weight: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU Adam is fused, which leaves a parameter's version as it was."""
+    layer = QuantLinear.from_float(nn.Linear(10, 6), calibrated(weight, channel_dim=0), None)
+    layer.weight.data.copy_(weight)
+    x = torch.randn(4, 10, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        before = layer(x)
+    adam = torch.optim.Adam
+    monkeypatch.setattr(torch.optim, "Adam", lambda groups, **options: adam(groups, fused=True))
+
+    def loss(images: Tensor, step: Tensor) -> Tensor:
+        return layer(x).square().mean()
+
+    minimise(loss, [Group([layer.weight], 0.1)], images=4, iterations=5, batch_size=2, seed=0)
+    with torch.no_grad():
+        after = layer(x)
+        assert torch.equal(after, x @ layer.weight_quantizer(layer.weight).T + layer.bias)
+    assert not torch.equal(after, before)
