@@ -91,8 +91,8 @@ def test_another_order_of_addition_changes_little(groups: tuple[dict[str, list[E
     check_alike(groups[1], family)
 
 
-def check_alike(folder: Path, family: str) -> None:
-    one, two = (load(folder / name, f"{family}-ias_vit")["state"] for name in ("one", "two"))
+def check_alike(folder: Path, family: str, reference: str = "one") -> None:
+    one, two = (load(folder / name, f"{family}-ias_vit")["state"] for name in (reference, "two"))
     codes, ranges = [], []
     for name, value in one.items():
         parts = ["", *name.split(".")]
@@ -119,11 +119,15 @@ def codes_of(state: dict[str, Tensor], name: str) -> Tensor:
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="no two GPUs")
 def test_two_gpus_quantize_as_one_does(tmp_path: Path) -> None:
-    calls = {name: CALLS[name] for name in ("one", "two")}
+    """Where something is learnt, as one that adds up gradients in the same order, up to kernels that add in any.
+
+    Another order of addition changes more there than on a CPU: 2.8 % of the first block's codes on two H100.
+    """
+    calls = {name: CALLS[name] for name in ("one", "halves", "two")}
     ended = process_groups.run("several_processes", calls, tmp_path, "cuda")
     assert {each.status for name in calls for each in ended[name]} == {0}, ended
     for family, method in CASES:
-        check_alike(tmp_path, family) if method == "ias_vit" else check_same(tmp_path, family, method)
+        check_alike(tmp_path, family, "halves") if method == "ias_vit" else check_same(tmp_path, family, method)
 
 
 @pytest.mark.parametrize("count", [2, 3])
