@@ -266,7 +266,7 @@ def check_writable(path: Path, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(trial) as beside:  # whose name is the longest that will be written
             beside.touch()
-        trial.unlink()
+        trial.unlink(missing_ok=True)  # another process may try the same
     except UnicodeEncodeError:
         raise IasvitError(f"folder {shown(str(folder))} is not UTF-8; choose another one") from None
     except OSError as error:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from result_rows import append_rows, make_row
 
-from iasvit.benchmark.results import Key, ResultStore, format_options, read_rows
+from iasvit.benchmark.results import Key, ResultStore, check_writable, format_options, read_rows
 from iasvit.errors import IasvitError
 
 
@@ -32,6 +33,12 @@ def store(tmp_path: Path, reports: list[str]) -> ResultStore:
 
 def file_of(store: ResultStore) -> Path:
     return store.path("fake", "mini")
+
+
+def test_runs_that_begin_together_find_the_same_folder_writable(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: check_writable(tmp_path / "runs" / "x.csv", tmp_path / "runs"), range(400)))
+    assert not list((tmp_path / "runs").iterdir())
 
 
 def test_a_row_comes_back_as_it_was_stored(store: ResultStore) -> None:
