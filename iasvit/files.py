@@ -35,8 +35,9 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         path = Path(os.path.realpath(path))
     except ValueError as error:
         raise OSError(f"its name is not text in UTF-8 ({reason(error)})") from error
-    if path.exists() and not stat.S_ISREG(path.stat().st_mode):
-        raise OSError("it is a folder, a device or a pipe, but a file is expected")
+    with suppress(FileNotFoundError):
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise OSError("it is a folder, a device or a pipe, but a file is expected")
     name = path.name.encode()[:100].decode(errors="ignore")
     temporary = path.with_name(f".{name}.{os.getpid()}-{threading.get_native_id()}.tmp")
     temporary.unlink(missing_ok=True)
