@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from iasvit.blockwise import (
     BlockRecipe,
@@ -24,7 +24,7 @@ from iasvit.blockwise.initialise import INITIALISATIONS
 from iasvit.blockwise.joint import Augmentation, Weights, learn_jointly
 from iasvit.blockwise.teacher import Teacher
 from iasvit.blockwise.transforms import rotated
-from iasvit.calibration import ActivationStore
+from iasvit.calibration import ActivationStore, network_need
 from iasvit.options import OneOf, Range
 from iasvit.progress import Progress
 from iasvit.quantizers import SOFTMAX_QUANTIZERS
@@ -171,6 +171,14 @@ class Unison(BlockReconstruction):
         if self.rotation:
             model = rotated(model, self.seed)
         return self.relu_model(model, images, progress, self.relu_iterations) if self.relu else model
+
+    def need(self, images: ActivationStore) -> Callable[[nn.Module, Tensor], int]:
+        """See `BlockReconstruction`; and a step of all blocks at once."""
+        of_blocks, joint = super().need(images), self.joint_settings()
+        if not joint.iterations:
+            return of_blocks
+        step = min(len(images), joint.batch_size)
+        return lambda model, few: max(of_blocks(model, few), network_need(model, few, step, learn=True))
 
     def finish(self, quantized: nn.Module, teacher: Teacher, settings: Settings, progress: Progress) -> None:
         """See `BlockReconstruction`."""

@@ -17,6 +17,7 @@ from iasvit.models import Activation
 from iasvit.reconstruction import SegmentJob
 
 TINY = 1e-12
+GRADIENT_IMAGES = 16  # whose gradients are taken at once
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Block:
     iterations: int
     seed: int
 
-    def batches(self, size: int = 16) -> Iterator[tuple[range, Activation]]:
+    def batches(self, size: int = GRADIENT_IMAGES) -> Iterator[tuple[range, Activation]]:
         """(images, full-precision outputs) of all images in turn."""
         store = self.job.targets
         for images in store.ranges(store.leading.passes(size)):
@@ -67,9 +68,11 @@ class Loss:
 
     Attributes:
         needs_logits: whether it reads the model's logits, so that detectors must be refused.
+        reads_on: whether it runs the rest of the network behind the block, and takes gradients there.
     """
 
     needs_logits = False
+    reads_on = False
 
     @property
     def resident(self) -> bool:
@@ -114,6 +117,8 @@ class Fisher(Loss):
     image. (The public code takes that of a KL divergence after the block is quantized.) Weights have a mean of 1.
     """
 
+    reads_on = True
+
     def begin(self, block: Block) -> None:
         """See `Loss`."""
         generator = torch.Generator().manual_seed(block.seed)
@@ -150,6 +155,7 @@ class PerturbationHessian(Loss):
     """
 
     needs_logits = True
+    reads_on = True
 
     def __init__(self, step: float = 1e-2, temperature: float = 20.0) -> None:
         self.step, self.temperature = step, temperature
@@ -221,7 +227,7 @@ def mlp_weights(teacher: Teacher, images: ActivationStore, seed: int) -> dict[st
     for index, segment in enumerate(teacher.chain[:-1]):
         store = store.map(segment.run, 64, segment.name)
         if any(hasattr(module, "mlp") for _, module in segment.modules):
-            batches = ((some, store.gather(some)) for some in store.ranges(store.leading.passes(16)))
+            batches = ((some, store.gather(some)) for some in store.ranges(store.leading.passes(GRADIENT_IMAGES)))
             weight = perturbed(teacher, index, batches, seed=seed).flatten(1, -2)  # an MLP may read maps as rows
             result[segment.name] = weight / weight.square().mean().sqrt().clamp_min(torch.finfo(torch.float32).tiny)
     return result
@@ -237,6 +243,7 @@ class LowRankFisher(Loss):
     """
 
     needs_logits = True
+    reads_on = True
 
     def __init__(self, refreshes: int = 5, temperature: float = 20.0, damping: float = 1e-6) -> None:
         self.refreshes, self.temperature, self.damping = refreshes, temperature, damping
@@ -308,6 +315,7 @@ class LeastSquaresHessian(Loss):
     """
 
     needs_logits = True
+    reads_on = True
 
     def __init__(self, temperature: float = 1.0) -> None:
         self.temperature = temperature
@@ -362,6 +370,7 @@ class FrozenSuffix(Loss):
     inner: Loss = field(default_factory=Loss)
 
     needs_logits = True
+    reads_on = True
 
     def begin(self, block: Block) -> None:
         """See `Loss`."""

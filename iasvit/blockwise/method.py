@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from iasvit.blockwise.core import Settings, reconstruct
 from iasvit.blockwise.initialise import INITIALISATIONS, fold, initialise
-from iasvit.blockwise.losses import Loss
+from iasvit.blockwise.losses import GRADIENT_IMAGES, Loss
 from iasvit.blockwise.teacher import Teacher, frozen
 from iasvit.blockwise.transforms import relu_transformed
 from iasvit.calibration import (
@@ -20,6 +20,7 @@ from iasvit.calibration import (
     forward_need,
     images_share,
     learning_need,
+    network_need,
     share_of,
 )
 from iasvit.methods import Calibration, Description
@@ -174,7 +175,7 @@ class BlockReconstruction:
         device = next(model.parameters()).device
         images = calibration_store(calibration, device, images_share(self.memory_budget))
         quantizable = partial(prepare, model, spec, self.weight_quantizer, self.activation_quantizer)
-        share = share_of(self.memory_budget, self.name, quantizable, images, self._need(images))
+        share = share_of(self.memory_budget, self.name, quantizable, images, self.need(images))
         model = self.transform(model, images, progress)
         quantized = prepare(model, spec, self.weight_quantizer, self.activation_quantizer)
         if self.compile:
@@ -221,11 +222,16 @@ class BlockReconstruction:
     def finish(self, quantized: nn.Module, teacher: Teacher, settings: Settings, progress: Progress) -> None:
         """What is done when all blocks are learnt, before weights are rounded for good; nothing by default."""
 
-    def _need(self, images: ActivationStore) -> Callable[[nn.Module, Tensor], int]:
-        """See `share_of`: a pass that initialises, and a step of learning."""
+    def need(self, images: ActivationStore) -> Callable[[nn.Module, Tensor], int]:
+        """See `share_of`: a pass that initialises, a step of learning, gradients behind the block."""
         count = min(len(images), max(self.batch_size, images.passes(self.init_size)))
         step = min(len(images), self.batch_size)
-        return lambda model, few: max(forward_need(model, few, count), learning_need(model, few, step))
+
+        def largest(model: nn.Module, few: Tensor) -> int:
+            behind = network_need(model, few, max(step, GRADIENT_IMAGES), learn=False) if self.loss().reads_on else 0
+            return max(forward_need(model, few, count), learning_need(model, few, step), behind)
+
+        return largest
 
     def weight_quantizer(self, site: Site) -> Quantizer:
         """Uniform, one scale and zero-point per output channel."""

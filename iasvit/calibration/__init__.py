@@ -3,7 +3,7 @@
 `fisher` captures every layer's inputs, outputs and squared gradients; `scale_search` chooses scales by them.
 """
 
-from iasvit.calibration.budget import forward_need, images_share, learning_need, nbytes, share_of
+from iasvit.calibration.budget import forward_need, images_share, learning_need, nbytes, network_need, share_of
 from iasvit.calibration.observe import (
     calibrate_in_sequence,
     calibrate_in_stream,
@@ -42,6 +42,7 @@ __all__ = [
     "learning_need",
     "looked_at",
     "nbytes",
+    "network_need",
     "run_all",
     "share_of",
     "tensors",

@@ -160,6 +160,37 @@ def learning_need(model: nn.Module, images: Tensor, count: int) -> int:
     return _largest(model, images, need)
 
 
+def network_need(model: nn.Module, images: Tensor, count: int, learn: bool) -> int:
+    """Bytes that `count` images' pass and gradient through all segments have alive at once, and a pass of another such
+    model whose outputs are kept to compare with; of a step that learns all layers, where `learn` says so."""
+    images = images[:count]
+    _largest(model, images, lambda segment, x: 0)  # sets the quantizers
+    layers = [layer for _, layer in quant_layers(model)] if learn else []
+    parameters = [p for layer in layers for p in (layer.weight, layer.bias) if p is not None]
+
+    def outputs(x: Activation) -> list[Tensor]:
+        found = []
+        for segment in segments(model):
+            x = segment.run(x)
+            found.append(tensors(x)[0])
+        return found
+
+    with PeakBytes() as memory, enabled(list(quantizers_of(model, weights=True)), False):
+        with torch.no_grad():
+            full = outputs(images)
+        with torch.enable_grad():
+            for parameter in parameters:
+                parameter.requires_grad_(True)
+            x = images.clone().requires_grad_(not learn)
+            pairs = zip(outputs(x), full, strict=True)
+            torch.stack([(ours - theirs).square().mean() for ours, theirs in pairs]).sum().backward()
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+        parameter.grad = None
+    held = sum(p.numel() for p in parameters)
+    return _scaled(max(0, memory.peak - 4 * held), count, images) + LEARNING * held
+
+
 def _scaled(size: int, count: int, images: Tensor) -> int:
     """The bytes of `count` images from those of these."""
     return math.ceil(size * count / len(images))

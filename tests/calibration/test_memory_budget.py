@@ -26,6 +26,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "repq_vit": {},
     "minmax": {},
     "ptq4vit": {"candidates": 6, "rounds": 2},
+    "unison": {"iterations": 2, "batch_size": 4, "init_size": 10, "joint_iterations": 2, "joint_batch_size": 6},
+    "fima_q": {"iterations": 2, "batch_size": 4, "init_size": 10, "initialisation": "observed"},
 }
 
 
@@ -43,7 +45,9 @@ def least_of(model: nn.Module, images: Tensor | list[Tensor], method: str, **opt
     return f"{match[1]}MiB"
 
 
-@pytest.mark.parametrize(("method", "family"), [*((name, "swin") for name in OPTIONS), ("ptq4vit", "vit")])
+@pytest.mark.parametrize(
+    ("method", "family"), [*((name, "vit" if name == "fima_q" else "swin") for name in OPTIONS), ("ptq4vit", "vit")]
+)
 def test_results_are_equal_to_the_bit_whatever_the_budget(method: str, family: str) -> None:
     model, images, options = tiny_models.MODELS[family](), tiny_models.images(12), OPTIONS[method]
     free = iasvit.quantize(model, images, "W4A4", method, **options)
@@ -93,6 +97,15 @@ def test_the_process_stays_within_the_budget() -> None:
         done = subprocess.run([sys.executable, "-c", PEAK, given], capture_output=True, text=True, check=True)
         peaks[given] = float(done.stdout.split()[0])
     assert peaks["600MiB"] < 600 < peaks["none"]
+
+
+def test_a_stage_of_all_blocks_at_once_counts() -> None:
+    model, images, options = tiny_models.vit(), tiny_models.images(64), OPTIONS["unison"]
+    blocks, joint = (
+        bytes_of(least_of(model, images, "unison", **{**options, "joint_batch_size": 64, "joint_iterations": n}))
+        for n in (0, 2)
+    )
+    assert blocks < joint
 
 
 def test_a_minimum_grows_with_what_is_alive_at_once() -> None:
