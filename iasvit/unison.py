@@ -41,7 +41,7 @@ LOSSES: dict[str, Callable[[], Loss]] = {
 
 @dataclass
 class Unison(BlockReconstruction):
-    """Weights and scales learnt by straight-through estimation, first block by block, then in all blocks at once.
+    """Unison: weights and scales learnt straight-through, first block by block, then in all blocks at once.
 
     1. One pass of the quantized model sets the activation quantizers (I&S-ViT's code), the post-softmax one a searched
        log2; LayerNorm→Linear pairs are folded to one scale a tensor; weights get the range of least error.
