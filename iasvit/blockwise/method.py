@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from iasvit.blockwise.core import Settings, reconstruct
 from iasvit.blockwise.initialise import INITIALISATIONS, fold, initialise
 from iasvit.blockwise.losses import GRADIENT_IMAGES, Loss
+from iasvit.blockwise.parts import learning
 from iasvit.blockwise.teacher import Teacher, frozen
 from iasvit.blockwise.transforms import relu_transformed
 from iasvit.calibration import (
@@ -51,6 +52,8 @@ class BlockRecipe:
     relu_iterations: int = 20_000
     relu_lr: float = 4e-5
 
+
+LEARNT_BYTES = 64  # a weight: α, what ⌊⌋ leaves, gradient, Adam's two moments, and what h(α) and its regulariser make
 
 # AdaRound: the papers'; a fortieth of the steps at rates that reach as far; the same for the embedded mini models.
 ROUNDING_RECIPES = {
@@ -225,11 +228,13 @@ class BlockReconstruction:
     def need(self, images: ActivationStore) -> Callable[[nn.Module, Tensor], int]:
         """See `share_of`: a pass that initialises, a step of learning, gradients behind the block."""
         count = min(len(images), max(self.batch_size, images.passes(self.init_size)))
-        step = min(len(images), self.batch_size)
+        step, drop = min(len(images), self.batch_size), self.settings().drop
+        parts = partial(learning, adaround=False, drop=drop)  # the weights' are no part of what grows with images
 
         def largest(model: nn.Module, few: Tensor) -> int:
             behind = network_need(model, few, max(step, GRADIENT_IMAGES), learn=False) if self.loss().reads_on else 0
-            return max(forward_need(model, few, count), learning_need(model, few, step), behind)
+            of_block = learning_need(model, few, step, parts, LEARNT_BYTES, inputs=4 if drop else 1)
+            return max(forward_need(model, few, count), of_block, behind)
 
         return largest
 

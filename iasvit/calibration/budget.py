@@ -6,6 +6,7 @@ import gc
 import math
 import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -134,8 +135,22 @@ def forward_need(model: nn.Module, images: Tensor, count: int) -> int:
 
 
 @torch.no_grad()
-def learning_need(model: nn.Module, images: Tensor, count: int) -> int:
-    """The same of a step of reconstruction, of the segments that are learnt."""
+def learning_need(
+    model: nn.Module,
+    images: Tensor,
+    count: int,
+    learning: Callable[[Segment], AbstractContextManager[Any]] = nullcontext,
+    learnt: int = LEARNING,
+    inputs: int = 1,
+) -> int:
+    """The same of a step of reconstruction, of the segments that are learnt.
+
+    Args:
+        model, images, count: as for `forward_need`.
+        learning: puts what is learnt of activation quantizers in their place.
+        learnt: bytes a parameter.
+        inputs: tensors of the input's size that a step makes before the segment runs.
+    """
     images = images[:count]
     seen: set[tuple] = set()
 
@@ -145,7 +160,8 @@ def learning_need(model: nn.Module, images: Tensor, count: int) -> int:
             return 0
         seen.add(key)
         parameters = [p for layer in segment.layers() for p in (layer.weight, layer.bias) if p is not None]
-        with PeakBytes() as memory, torch.enable_grad():
+        segment.run(x)  # sets the quantizers
+        with PeakBytes() as memory, torch.enable_grad(), learning(segment):
             for parameter in parameters:
                 parameter.requires_grad_(True)
             output = tensors(segment.run(x))[0]
@@ -154,8 +170,8 @@ def learning_need(model: nn.Module, images: Tensor, count: int) -> int:
         for parameter in parameters:
             parameter.requires_grad_(False)
             parameter.grad = None
-        learnt = LEARNING * sum(p.numel() for p in parameters)
-        return _scaled(memory.peak + nbytes(x), count, images) + learnt
+        held = learnt * sum(p.numel() for p in parameters)
+        return _scaled(memory.peak + inputs * nbytes(x), count, images) + held
 
     return _largest(model, images, need)
 
