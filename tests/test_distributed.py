@@ -151,7 +151,7 @@ def test_a_run_goes_on_from_the_first_processs_checkpoint(groups: tuple[dict[str
 
 def test_what_the_processes_are_given_must_be_the_same(groups: tuple[dict[str, list[Ended]], Path]) -> None:
     first, second = groups[0]["different"]
-    assert (first.status, second.status) == (0, 0), first
+    assert (first.status, second.status) == (0, 0), (first, second)
     assert first.out.count("are not the same in process 0 and in process 1") == 2
     assert (second.out, second.err) == ("", "")
 
@@ -159,7 +159,7 @@ def test_what_the_processes_are_given_must_be_the_same(groups: tuple[dict[str, l
 def test_a_row_is_stored_once_and_found_by_all(groups: tuple[dict[str, list[Ended]], Path]) -> None:
     ended, folder = groups
     first, second = ended["twice"]
-    assert (first.status, second.status) == (0, 0), first
+    assert (first.status, second.status) == (0, 0), (first, second)
     stored = rows(folder / "twice")
     assert [row["method"] for row in stored] == ["fp32", "odd", "rtn"]
     assert all(row["device"].startswith("cpu: 2 × ") for row in stored)
