@@ -191,20 +191,13 @@ def _worked(modules: Sequence[nn.Module], owners: Sequence[int], work: Callable[
             modules[number].load_state_dict(state)
 
 
-class SummedGradients:
-    """The gradients of parameters, and the loss, in one tensor, which `add_up` adds up in one go.
-
-    Attributes:
-        values: of them all, float32.
-        loss: the last of them.
-    """
-
-    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
-        sizes = [parameter.numel() for parameter in parameters]
-        self.values = torch.zeros(sum(sizes) + 1, device=parameters[0].device)
-        self.loss = self.values[-1]
-        for parameter, gradient in zip(parameters, self.values[:-1].split(sizes), strict=True):
-            parameter.grad = gradient.view_as(parameter)  # to which backward adds
+def joined_gradients(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """One float32 tensor of zeros for `add_up`, to whose parts backward adds the parameters' gradients."""
+    sizes = [parameter.numel() for parameter in parameters]
+    values = torch.zeros(sum(sizes), device=parameters[0].device)
+    for parameter, gradient in zip(parameters, values.split(sizes), strict=True):
+        parameter.grad = gradient.view_as(parameter)
+    return values
 
 
 # ---- checks ----------------------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -19,7 +18,7 @@ from iasvit.methods import Calibration
 from iasvit.models import Activation, Segment, segments
 from iasvit.progress import Progress
 from iasvit.quantizers import Quantizer
-from iasvit.replay import LearningStep
+from iasvit.steps import Group, minimise
 
 
 @dataclass(frozen=True)
@@ -168,11 +167,11 @@ def optimize(
     iterations: int,
     batch_size: int,
     lr: float,
-    generator: torch.Generator,
+    seed: int,
     autocast: bool = False,
     compile: bool = False,
     bar: tqdm | None = None,
-) -> float:
+) -> None:
     """Minimise `squared_error(run(inputs), targets)` over parameters: Adam, no weight decay, cosine from lr to 0.
 
     Args:
@@ -180,77 +179,23 @@ def optimize(
         parameters: what is learnt; they require gradients only meanwhile.
         inputs, targets: of the same images; no targets, nothing is learnt. Of tuples, the first tensor counts: it is
             what the segment computes.
-        iterations: steps, each on `batch_size` images drawn without replacement; each of several processes takes every
-            world_size-th of them, and all take the step that the whole batch's gradient says.
-        generator: a CPU generator; the same state gives the same result.
+        iterations, batch_size, seed: see `iasvit.steps.minimise`.
         autocast: compute products in bfloat16; parameters, losses and the optimizer stay in float32.
         compile: fuse the step's operators by torch.compile; a segment of a kind takes seconds once.
         bar: moved by one a step.
-
-    Returns:
-        The last step's loss; nan where there were no steps.
     """
-    if not parameters or iterations < 1:
-        return math.nan
     if not len(targets):
         if bar is not None:
             bar.update(iterations)
-        return math.nan
-    step = _Step(run, parameters, inputs, targets, min(batch_size, len(inputs)), autocast, compile)
-    for parameter in parameters:
-        parameter.requires_grad_(True)
-    try:
-        for iteration in range(iterations):
-            indices = torch.randperm(len(inputs), generator=generator)[:batch_size]
-            step(indices, lr * (1 + math.cos(math.pi * iteration / iterations)) / 2)
-            if bar is not None:
-                bar.update()
-    finally:
-        for parameter in parameters:
-            parameter.requires_grad_(False)
-            parameter.grad = None
-    return float(step.loss)
-
-
-class _Step(LearningStep):
-    """One optimization step; the loss of the last stands in `loss`."""
-
-    def __init__(
-        self,
-        run: Callable[[Activation], Activation],
-        parameters: Sequence[nn.Parameter],
-        inputs: Store,
-        targets: Store,
-        batch_size: int,
-        autocast: bool,
-        compile: bool,
-    ) -> None:
-        self.run, self.inputs, self.targets, self.autocast = run, inputs, targets.leading, autocast
-        device = parameters[0].device
-        self.loss_of = _compiled_loss() if compile else _loss
-        self.lr = torch.zeros((), device=device)
-        own = len(range(batch_size)[distributed.own()])
-        self.indices = torch.zeros(own, dtype=torch.int64, device=device)
-        self.share = torch.full((), own / batch_size, device=device)
-        self.loss = torch.zeros((), device=device)
-        super().__init__([(parameters, self.lr)], graphs=inputs.resident and self.targets.resident)
-
-    def __call__(self, indices: Tensor, lr: float) -> None:
-        self.indices.copy_(indices[distributed.own()])
-        self.lr.fill_(lr)
-        self.step()
-
-    def _gradients(self) -> None:
-        if not len(self.indices):  # fewer images a batch than processes
-            return
-        inputs, targets = self.inputs.gather(self.indices), self.targets.gather(self.indices)
-        loss = self.loss_of(self.run, inputs, targets, self.autocast)
-        loss.backward(self.share)
-        self.loss.copy_(loss.detach())
-        if self.summed:
-            torch.mul(self.loss, self.share, out=self.summed.loss)
-
-    def _update(self) -> None:
-        super()._update()
-        if self.summed:
-            self.loss.copy_(self.summed.loss)
+        return
+    leading, loss_of = targets.leading, _compiled_loss() if compile else _loss
+    minimise(
+        lambda images, _: loss_of(run, inputs.gather(images), leading.gather(images), autocast),
+        [Group(parameters, lr)],
+        images=len(inputs),
+        iterations=iterations,
+        batch_size=batch_size,
+        seed=seed,
+        graphs=inputs.resident and leading.resident,
+        bar=bar,
+    )

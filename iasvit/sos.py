@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from iasvit.calibration import (
@@ -172,8 +171,6 @@ class IASViT:
         if stage == 1 and not job.segment.quantizers(weights=False):
             job.bar.update(iterations)  # the image is not quantized: before the weights are, there is nothing to learn
             return
-        seeds = (self.seed, job.index, stage)
-        generator = torch.Generator().manual_seed(int(fingerprint(*seeds), 16) % 2**63)
         optimize(
             job.segment.run,
             parameters,
@@ -182,7 +179,7 @@ class IASViT:
             iterations=iterations,
             batch_size=self.batch_size,
             lr=RECIPES[self.recipe].lr if self.lr is None else self.lr,
-            generator=generator,
+            seed=int(fingerprint(self.seed, job.index, stage), 16) % 2**63,
             autocast=self.autocast,
             compile=self.compile,
             bar=job.bar,

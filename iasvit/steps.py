@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from iasvit import distributed
-from iasvit.replay import LearningStep
+from iasvit.replay import Replayed, side_stream
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,8 @@ class Group:
         """The learning rate of each step."""
         if not self.cosine:
             return torch.full((iterations,), self.lr)
-        return self.lr * (1 + torch.cos(math.pi * torch.arange(iterations) / iterations)) / 2
+        done = torch.arange(iterations, dtype=torch.float64) / iterations
+        return (self.lr * (1 + torch.cos(math.pi * done)) / 2).float()
 
 
 def minimise(
@@ -75,7 +77,7 @@ def minimise(
             for iteration in range(iterations):
                 if before is not None:
                     before(iteration)
-                step.step()
+                step()
                 if bar is not None:
                     bar.update()
         finally:
@@ -84,8 +86,15 @@ def minimise(
                 parameter.grad = None
 
 
-class _Step(LearningStep):
-    """One optimization step. What changes from step to step is read from tables on the device by the step's number."""
+class _Step:
+    """One step of Adam without weight decay. On CUDA the third and later ones replay a graph of it.
+
+    A graph repeats what it was captured from, so whatever changes from step to step is read from tables on the device
+    by the step's number. Several processes add up their gradients between the two halves of a step, each of which has
+    its graph.
+    """
+
+    EAGER: ClassVar[int] = 2  # steps before capture, which must find all lazily made state in place
 
     def __init__(
         self,
@@ -98,19 +107,62 @@ class _Step(LearningStep):
         graphs: bool,
     ) -> None:
         self.loss = loss
-        device = groups[0].parameters[0].device
+        self.parameters = [parameter for group in groups for parameter in group.parameters]
+        device = self.parameters[0].device
+        on_gpu = device.type == "cuda"
         size = min(images, batch_size)
         generator = torch.Generator().manual_seed(seed)
         drawn = torch.stack([torch.randperm(images, generator=generator)[:size] for _ in range(iterations)])
         own = drawn[:, distributed.own()]
         self.batches = own.to(device)
+        self.share = torch.full((), own.shape[1] / size, device=device)
         self.schedules = [group.schedule(iterations).to(device) for group in groups]
         self.lrs = [torch.zeros((), device=device) for _ in groups]
         self.number = torch.zeros(1, dtype=torch.int64, device=device)
-        self.share = torch.full((), own.shape[1] / size, device=device)
-        super().__init__([(group.parameters, lr) for group, lr in zip(groups, self.lrs, strict=True)], graphs)
+        options: list[dict[str, Any]] = [
+            {"params": list(group.parameters), "lr": lr} for group, lr in zip(groups, self.lrs, strict=True)
+        ]
+        self.optimizer = torch.optim.Adam(options, fused=on_gpu, capturable=on_gpu)
+        self.summed = distributed.joined_gradients(self.parameters) if distributed.world_size() > 1 else None
+        self.graphs: list[Replayed] = []
+        if on_gpu and graphs:
+            halves = 1 if self.summed is None else 2
+            self.graphs = [Replayed(self.EAGER, side_stream(device)) for _ in range(halves)]
+
+    def __call__(self) -> None:
+        """Compute the gradients, add up those of all processes, and change the parameters."""
+        if self.summed is None:
+            self._run(0, self._whole)
+        else:
+            self._run(0, self._first)
+            distributed.add_up(self.summed)
+            self._run(1, self._update)
+        # Neither a fused Adam nor a graph tells torch that parameters have changed, and layers keep quantized weights.
+        for parameter in self.parameters:
+            torch.autograd.graph.increment_version(parameter)
+
+    def _run(self, half: int, function: Callable[[], None]) -> None:
+        if self.graphs:
+            self.graphs[half](function, self._forget)
+        else:
+            function()
+
+    def _whole(self) -> None:
+        self._first()
+        self._update()
+
+    def _first(self) -> None:
+        self._forget()
+        self._gradients()
+
+    def _forget(self) -> None:
+        if self.summed is None:
+            self.optimizer.zero_grad(set_to_none=True)
+        else:
+            self.summed.zero_()
 
     def _gradients(self) -> None:
+        """Add this process's share of the gradients to the parameters' `grad`."""
         indices = self.batches.index_select(0, self.number)[0]
         if len(indices):  # there may be fewer images a batch than processes
             self.loss(indices, self.number[0].to(torch.float32)).backward(self.share)
@@ -118,5 +170,5 @@ class _Step(LearningStep):
     def _update(self) -> None:
         for lr, schedule in zip(self.lrs, self.schedules, strict=True):
             lr.copy_(schedule.index_select(0, self.number)[0])
-        super()._update()
+        self.optimizer.step()
         self.number.add_(1)

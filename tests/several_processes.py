@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import iasvit
-from iasvit import distributed, methods, reconstruction, sos
+from iasvit import distributed, methods, sos, steps
 from iasvit.benchmark.harness import Cell, exit_status, run_cells
 from iasvit.benchmark.results import ResultStore
 from iasvit.benchmark.task import EMBEDDED, DataSet
@@ -96,16 +96,20 @@ def quantize_and_score(folder: Path, cases: tuple[tuple[str, str], ...] = CASES)
             torch.save(found, folder / f"{family}-{method}-{distributed.rank()}.pt")
 
 
+def learnt_only(folder: Path) -> None:
+    """`quantize_and_score` of what is learnt."""
+    quantize_and_score(folder, LEARNT)
+
+
 def in_halves(folder: Path) -> None:
     """What is learnt by one process that adds up the gradients of the two halves of each batch, as two processes do."""
 
-    def gradients(self: reconstruction._Step) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
-        for half in (self.indices[0::2], self.indices[1::2]):
-            loss = self.loss_of(self.run, self.inputs.gather(half), self.targets.gather(half), self.autocast)
-            loss.backward(self.share * (len(half) / len(self.indices)))
+    def gradients(self: steps._Step) -> None:
+        indices = self.batches.index_select(0, self.number)[0]
+        for half in (indices[0::2], indices[1::2]):
+            self.loss(half, self.number[0].to(torch.float32)).backward(self.share * (len(half) / len(indices)))
 
-    reconstruction._Step._gradients = gradients
+    steps._Step._gradients = gradients
     quantize_and_score(folder, LEARNT)
 
 
@@ -120,9 +124,8 @@ def learn(folder: Path) -> None:
             inputs.append(torch.randn(11, 5))
             targets.append(torch.randn(11, 3))
             settings = {"iterations": 7, "batch_size": batch_size, "lr": 1e-2}
-            generator = torch.Generator().manual_seed(3)
-            loss = optimize(layer, list(layer.parameters()), inputs, targets, generator=generator, **settings)
-            found[batch_size] = {"weight": layer.weight.detach(), "bias": layer.bias.detach(), "loss": loss}
+            optimize(layer, list(layer.parameters()), inputs, targets, seed=3, **settings)
+            found[batch_size] = {"weight": layer.weight.detach(), "bias": layer.bias.detach()}
         store = ActivationStore(memory_budget=300, folder=folder)
         for size in (2, 2, 3, 3, 3, 2):
             store.append(torch.arange(float(size)).expand(1, size) + len(store))

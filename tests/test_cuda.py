@@ -14,7 +14,7 @@ import tiny_models
 import torch
 
 from baselines.glf_q import GLFQ
-from iasvit import reconstruction, sos, steps
+from iasvit import sos, steps
 from iasvit.progress import Progress
 from iasvit.reconstruction import SegmentJob
 from iasvit.sos import IASViT
@@ -36,7 +36,7 @@ def quantize(checkpoint: Path | None = None) -> dict[str, torch.Tensor]:
 
 def test_replayed_steps_learn_what_eager_steps_do(monkeypatch: pytest.MonkeyPatch) -> None:
     replayed = quantize()
-    monkeypatch.setattr(reconstruction._Step, "EAGER", 1000)
+    monkeypatch.setattr(steps._Step, "EAGER", 1000)
     eager = quantize()
     for name, value in eager.items():
         torch.testing.assert_close(replayed[name], value, msg=name)

@@ -55,8 +55,7 @@ def learn(job: SegmentJob) -> None:
     """Also moves the weights: in a way that depends on all that the job holds."""
     quantize_only(job)
     parameters = [layer.weight for layer in job.segment.layers()]
-    generator = torch.Generator().manual_seed(job.index)
-    settings = {"iterations": 3, "batch_size": 4, "lr": 1e-2, "generator": generator, "bar": job.bar}
+    settings = {"iterations": 3, "batch_size": 4, "lr": 1e-2, "seed": job.index, "bar": job.bar}
     optimize(job.segment.run, parameters, job.inputs_q, job.targets, **settings)
 
 
@@ -221,8 +220,8 @@ def test_it_is_adam_with_a_cosine_to_zero(batch_size: int) -> None:
     inputs, targets, x, y = stores()
     module = linear()
     parameters = list(module.parameters())
-    settings = {"iterations": 20, "batch_size": batch_size, "lr": 0.05, "generator": torch.Generator().manual_seed(7)}
-    loss = optimize(module, parameters, inputs, targets, **settings)
+    settings = {"iterations": 20, "batch_size": batch_size, "lr": 0.05, "seed": 7}
+    optimize(module, parameters, inputs, targets, **settings)
 
     plain = linear().requires_grad_(True)
     optimizer = torch.optim.Adam(plain.parameters(), lr=0.05, weight_decay=0.0)
@@ -238,7 +237,6 @@ def test_it_is_adam_with_a_cosine_to_zero(batch_size: int) -> None:
     torch.testing.assert_close(module.weight, plain.weight.detach(), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(module.bias, plain.bias.detach(), atol=1e-5, rtol=1e-5)
     assert not torch.allclose(module.weight, linear().weight, atol=1e-2)
-    assert loss == pytest.approx(error.item(), rel=1e-4)
 
 
 def test_only_what_is_given_is_learnt_and_gradients_are_needed_only_meanwhile() -> None:
@@ -250,7 +248,7 @@ def test_only_what_is_given_is_learnt_and_gradients_are_needed_only_meanwhile() 
         needed.append([parameter.requires_grad for parameter in (module.weight, module.bias)])
         return module(x)
 
-    settings = {"iterations": 2, "batch_size": 4, "lr": 0.1, "generator": torch.Generator().manual_seed(0)}
+    settings = {"iterations": 2, "batch_size": 4, "lr": 0.1, "seed": 0}
     optimize(run, [module.weight], inputs, targets, **settings)
     assert needed == [[True, False]] * 2
     assert torch.equal(module.bias, linear().bias)
@@ -266,14 +264,14 @@ def test_only_what_is_given_is_learnt_and_gradients_are_needed_only_meanwhile() 
     assert not module.weight.requires_grad
 
 
-def test_the_generator_alone_decides() -> None:
+def test_the_seed_alone_decides() -> None:
     inputs, targets, _, _ = stores()
     results = []
     for seed, disturbance in ((0, 0), (0, 1), (1, 0)):
         torch.manual_seed(disturbance)
         module = linear()
         state = torch.get_rng_state()
-        settings = {"iterations": 5, "batch_size": 4, "lr": 0.1, "generator": torch.Generator().manual_seed(seed)}
+        settings = {"iterations": 5, "batch_size": 4, "lr": 0.1, "seed": seed}
         optimize(module, list(module.parameters()), inputs, targets, **settings)
         assert torch.equal(torch.get_rng_state(), state)
         results.append(module.weight)
@@ -284,9 +282,9 @@ def test_the_generator_alone_decides() -> None:
 def test_where_nothing_is_to_be_learnt_nothing_changes() -> None:
     inputs, targets, _, _ = stores()
     module = linear()
-    settings = {"batch_size": 4, "lr": 0.1, "generator": torch.Generator().manual_seed(0)}
-    assert math.isnan(optimize(module, list(module.parameters()), inputs, targets, iterations=0, **settings))
-    assert math.isnan(optimize(module, [], inputs, targets, iterations=5, **settings))
+    settings = {"batch_size": 4, "lr": 0.1, "seed": 0}
+    optimize(module, list(module.parameters()), inputs, targets, iterations=0, **settings)
+    optimize(module, [], inputs, targets, iterations=5, **settings)
     assert tiny_models.same_bits(module.state_dict(), linear().state_dict())
 
 

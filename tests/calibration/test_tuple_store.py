@@ -229,10 +229,9 @@ def test_a_segment_that_is_not_reconstructed_has_no_targets_and_is_not_run_for_t
     assert [len(tensors(job.inputs_q.gather([0]))) for job in jobs] == [1, 1, 2]
     parameters = [chain.last.weight]
     before = chain.last.weight.clone()
-    generator = torch.Generator().manual_seed(0)
     job = jobs[-1]
-    options = {"iterations": 3, "batch_size": 1, "lr": 0.1, "generator": generator}
-    assert math.isnan(optimize(job.segment.run, parameters, job.inputs_q, job.targets, **options))
+    options = {"iterations": 3, "batch_size": 1, "lr": 0.1, "seed": 0}
+    optimize(job.segment.run, parameters, job.inputs_q, job.targets, **options)
     assert torch.equal(chain.last.weight, before)
 
 
@@ -242,12 +241,19 @@ def test_of_a_tuple_the_first_tensor_is_reconstructed(chain: Chain) -> None:
     job = jobs[1]
     with torch.no_grad():
         chain.second.weight.mul_(1.5)
-    options = {"iterations": 1, "batch_size": 1, "lr": 1e-9, "generator": torch.Generator().manual_seed(0)}
-    loss = optimize(job.segment.run, [chain.second.weight], job.inputs_fp, job.targets, **options)
-    index = int(torch.randperm(2, generator=torch.Generator().manual_seed(0))[0])
-    (x,) = job.inputs_fp.gather([index])
-    expected = (chain.second(x) - job.targets.leading.gather([index])).square().sum()
-    assert loss == pytest.approx(float(expected), rel=1e-5)
+
+    def error() -> float:
+        total = 0.0
+        for image in (0, 1):
+            (x,) = job.inputs_fp.gather([image])
+            with torch.no_grad():
+                total += float((chain.second(x) - job.targets.leading.gather([image])).square().sum())
+        return total
+
+    before = error()
+    options = {"iterations": 300, "batch_size": 1, "lr": 1e-2, "seed": 0}
+    optimize(job.segment.run, [chain.second.weight], job.inputs_fp, job.targets, **options)
+    assert error() < 1e-2 * before
 
 
 # ---- Fisher ----------------------------------------------------------------------------------------------------------
