@@ -143,7 +143,8 @@ class _Step:
 
     def _run(self, half: int, function: Callable[[], None]) -> None:
         if self.graphs:
-            self.graphs[half](function, self._forget)
+            # What a graph of gradients allocates itself goes before its capture; gradients that are added up must not.
+            self.graphs[half](function, self._forget if self.summed is None else lambda: None)
         else:
             function()
 

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -96,11 +96,6 @@ def quantize_and_score(folder: Path, cases: tuple[tuple[str, str], ...] = CASES)
             torch.save(found, folder / f"{family}-{method}-{distributed.rank()}.pt")
 
 
-def learnt_only(folder: Path) -> None:
-    """`quantize_and_score` of what is learnt."""
-    quantize_and_score(folder, LEARNT)
-
-
 def in_halves(folder: Path) -> None:
     """What is learnt by one process that adds up the gradients of the two halves of each batch, as two processes do."""
 
@@ -110,6 +105,29 @@ def in_halves(folder: Path) -> None:
             self.loss(half, self.number[0].to(torch.float32)).backward(self.share * (len(half) / len(indices)))
 
     steps._Step._gradients = gradients
+    quantize_and_score(folder, LEARNT)
+
+
+def in_graphs(folder: Path) -> None:
+    """What is learnt where both halves of a step are captured at the third: all that a capture does but itself."""
+
+    class Captured:
+        def __init__(self) -> None:
+            self.count = 0
+
+        def __call__(self, function: Callable[[], None], prepare: Callable[[], None]) -> None:
+            if self.count == steps._Step.EAGER:
+                prepare()
+            function()
+            self.count += 1
+
+    plain = steps._Step.__init__
+
+    def begin(self: steps._Step, *arguments: Any) -> None:
+        plain(self, *arguments)
+        self.graphs = [Captured(), Captured()]
+
+    steps._Step.__init__ = begin
     quantize_and_score(folder, LEARNT)
 
 
