@@ -39,7 +39,7 @@ class GLFQ(BlockReconstruction):
     recipes: ClassVar[dict[str, BlockRecipe]] = {
         "paper": BlockRecipe(3000, 2e-5, 2e-4),
         "fast": BlockRecipe(300, 2e-4, 2e-3, 500, 4e-4),
-        "mini": BlockRecipe(200, 1e-3, 2e-3, 300, 1e-3),
+        "mini": BlockRecipe(600, 1e-3, 2e-3, 300, 1e-3),
     }
     adaround: ClassVar[bool] = False
     suffixes: ClassVar[bool] = True

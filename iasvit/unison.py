@@ -25,9 +25,10 @@ from iasvit.blockwise.joint import Augmentation, Weights, learn_jointly
 from iasvit.blockwise.teacher import Teacher
 from iasvit.blockwise.transforms import rotated
 from iasvit.calibration import ActivationStore, network_need
+from iasvit.models import Site
 from iasvit.options import OneOf, Range
 from iasvit.progress import Progress
-from iasvit.quantizers import SOFTMAX_QUANTIZERS
+from iasvit.quantizers import SOFTMAX_QUANTIZERS, Quantizer
 
 LOSSES: dict[str, Callable[[], Loss]] = {
     "mse": Loss,
@@ -39,17 +40,22 @@ LOSSES: dict[str, Callable[[], Loss]] = {
 }
 
 
+BY_BITS = "by_bits"
+
+
 @dataclass
 class Unison(BlockReconstruction):
     """Unison: weights and scales learnt straight-through, first block by block, then in all blocks at once.
 
-    1. One pass of the quantized model sets the activation quantizers (I&S-ViT's code), the post-softmax one a searched
-       log2; LayerNorm→Linear pairs are folded to one scale a tensor; weights get the range of least error.
+    1. One pass of the quantized model sets the activation quantizers (I&S-ViT's code); LayerNorm→Linear pairs are
+       folded to one scale a tensor; weights get the range of least error.
     2. Block by block, on inputs of the quantized prefix: weights, biases and all quantizers' scales (zero-points stay).
     3. All blocks at once: answers, features and blocks' outputs against the full-precision model's, on images that are
        cropped, mirrored and mixed at random.
 
     Options, besides those of `BlockReconstruction`; rates of scales are of multiples of the first scale:
+        softmax: the post-softmax quantizer; "by_bits" is a log2 of searched scale, and from 6 bits on AdaLog's searched
+            base, whose finer steps 6 bits suffice for (docs/real-vit.md, "Which post-softmax quantizer?").
         rounding: "straight" learns the weights, "adaround" only their rounding (no step 3 then).
         block_loss: what blocks are compared by, a name in `LOSSES`.
         suffix_features, suffix_logits, suffix_local: weights in the loss "suffix".
@@ -72,7 +78,7 @@ class Unison(BlockReconstruction):
     drop: Annotated[float, Range(0, 1)] = 0.0
     initialisation: Annotated[str, OneOf(tuple(INITIALISATIONS))] = "propagated"
     init_size: Annotated[int, Range(1)] = 64
-    softmax: Annotated[str, OneOf(SOFTMAX_QUANTIZERS)] = "log2_searched"
+    softmax: Annotated[str, OneOf((BY_BITS, *SOFTMAX_QUANTIZERS))] = BY_BITS
     rounding: Annotated[str, OneOf(("straight", "adaround"))] = "straight"
     block_loss: Annotated[str, OneOf(tuple(LOSSES))] = "mse"
     suffix_features: Annotated[float, Range(0)] = 1.0
@@ -97,17 +103,27 @@ class Unison(BlockReconstruction):
     mix: Annotated[float, Range(0, 1)] = 0.0
 
     name: ClassVar[str] = "unison"
+    version: ClassVar[int] = 2
+    changelog: ClassVar[dict[int, str]] = {
+        2: "AdaLog after softmax from 6 bits on; the mini recipe has 300 steps a block and 600 of all blocks"
+    }
     recipes: ClassVar[dict[str, BlockRecipe]] = {
         "paper": BlockRecipe(500, 2e-4, 2e-3, 2000, 4e-4),
         "fast": BlockRecipe(100, 4e-4, 4e-3, 500, 4e-4),
-        "mini": BlockRecipe(100, 1e-3, 4e-3, 300, 1e-3),
+        "mini": BlockRecipe(300, 1e-3, 4e-3, 300, 1e-3),
     }
-    joint_steps: ClassVar[dict[str, int]] = {"paper": 3000, "fast": 300, "mini": 200}
+    joint_steps: ClassVar[dict[str, int]] = {"paper": 3000, "fast": 300, "mini": 600}
 
     @property
     def adaround(self) -> bool:  # type: ignore[override]
         """Whether the rounding is learnt, not the weights."""
         return self.rounding == "adaround"
+
+    def activation_quantizer(self, site: Site) -> Quantizer:
+        """See `BlockReconstruction`."""
+        if site.role == "softmax" and self.softmax == BY_BITS:
+            return SOFTMAX_QUANTIZERS["adalog" if site.n_bits >= 6 else "log2_searched"](site.n_bits)
+        return super().activation_quantizer(site)
 
     def loss(self) -> Loss:
         """See `BlockReconstruction`."""
