@@ -121,7 +121,8 @@ def list_methods(*, by_name: bool = False) -> list[str]:
     return [name for name, entry in _entries().items() if by_name or entry.group != BY_NAME]
 
 
-_VARIANT = re.compile(r"(\w+)(?:\[((?:-\w+|\w+=[\w.+]+)(?:,?-\w+|,\w+=[\w.+]+)*)\])?")
+_OPTION = r"\w+=(?:\d[\d.]*[eE]-\d+|[\w.+]+)"  # 1e-5 leaves no ingredient "5" out
+_VARIANT = re.compile(rf"(\w+)(?:\[((?:-\w+|{_OPTION})(?:,?-\w+|,{_OPTION})*)\])?")
 
 
 def split_variant(name: str) -> tuple[str, list[str], dict[str, Any]]:
@@ -138,7 +139,7 @@ def split_variant(name: str) -> tuple[str, list[str], dict[str, Any]]:
             f"method {shown(name)} is neither a name nor a name[-ingredient,option=value...], such as ias_vit[-sulq]"
         )
     off, options = [], {}
-    for part in re.findall(r"-\w+|\w+=[\w.+]+", match[2] or ""):
+    for part in re.findall(rf"-\w+|{_OPTION}", match[2] or ""):
         key, _, value = part.partition("=")
         if part.startswith("-"):
             off.append(part[1:])

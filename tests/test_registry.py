@@ -79,6 +79,11 @@ def test_names_and_options_are_listed() -> None:
     assert method_options("two[-goodness]") == ["seed", "first", "second", "loud"]
 
 
+def test_a_number_with_an_exponent_leaves_nothing_out() -> None:
+    assert split_variant("two[a=1e-5,b=2.5E-3-first,c=1e5]") == ("two", ["first"], {"a": 1e-5, "b": 2.5e-3, "c": 1e5})
+    assert split_variant("two[loud=true-first]") == ("two", ["first"], {"loud": True})
+
+
 @pytest.mark.parametrize(
     "name",
     [

@@ -15,12 +15,14 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from torch import nn
 
 import iasvit
 import iasvit.methods
 from iasvit.benchmark.harness import Cell, make_method
 from iasvit.benchmark.provenance import describe_device
 from iasvit.cli import main, make_app
+from iasvit.errors import IasvitError
 from iasvit.export import ExportedModel
 from iasvit.export.compare import Comparison
 from iasvit.progress import Progress
@@ -30,12 +32,16 @@ from tasks.imagenet import ImageNetTask
 app = make_app()
 
 
-def compared(task: ImageNetTask, cell: Cell, target: str, codes: int) -> dict[str, Any]:
-    """The row of a cell; codes are compared in the first `codes` images, answers in all."""
+def quantized(task: ImageNetTask, cell: Cell) -> nn.Module:
+    """The cell's model, as `iasvit run imagenet` quantizes it."""
     network = task.load_model(cell.model)
     images = task.calibration(cell.model, cell.calib_size, cell.seed)
     torch.manual_seed(cell.seed)
-    model = iasvit.quantize(network, images, QuantSpec.parse(cell.spec), make_method(cell), progress=Progress())
+    return iasvit.quantize(network, images, QuantSpec.parse(cell.spec), make_method(cell), progress=Progress())
+
+
+def compared(task: ImageNetTask, cell: Cell, model: nn.Module, target: str, codes: int) -> dict[str, Any]:
+    """The row of a cell; codes are compared in the first `codes` images, answers in all."""
     comparison = Comparison(model, target)
     backend = "openvino" if target == "openvino" else "onnxruntime"
     with tempfile.TemporaryDirectory() as folder:
@@ -92,6 +98,9 @@ def exported(
     calib_size: Annotated[int | None, typer.Option(help="Calibration images.")] = None,
     iterations: Annotated[int | None, typer.Option(help="Of methods that learn.")] = None,
     limit: Annotated[int | None, typer.Option(help="Evaluate only so many images.")] = None,
+    saved: Annotated[
+        Path | None, typer.Option(help="The one cell's model, of --save of iasvit run, not quantized anew.")
+    ] = None,
     target: Annotated[str, typer.Option(help="As of iasvit export.")] = "onnxruntime",
     codes: Annotated[int, typer.Option(help="Images whose codes are compared; it takes memory and time.")] = 100,
     threads: Annotated[int, typer.Option(help="Of torch and the runtime.")] = 1,
@@ -99,6 +108,8 @@ def exported(
 ) -> None:
     """Compare the codes and outputs of exported files with the models'."""
     torch.set_num_threads(threads)
+    if saved is not None and len(backbone) * len(bits) * len(method) > 1:
+        raise IasvitError("--saved is one model; name one --backbone, one --bits and one --method")
     for name in method:  # an option need not be of all methods
         takes = "iterations" in iasvit.methods.method_options(name)
         task, cells = ImageNetTask.grid(
@@ -116,7 +127,8 @@ def exported(
             limit=limit,
         )
         for cell in cells:
-            row = compared(task, cell, target, codes)
+            model = quantized(task, cell) if saved is None else iasvit.load(saved)
+            row = compared(task, cell, model, target, codes)
             print(row, flush=True)
             append(out, row)
 

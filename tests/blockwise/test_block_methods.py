@@ -26,7 +26,7 @@ from iasvit.blockwise.joint import Augmentation
 from iasvit.errors import IasvitError
 from iasvit.nn import quant_layers, quantizers_of
 from iasvit.progress import Progress
-from iasvit.quantizers import UniformQuantizer
+from iasvit.quantizers import AdaLogQuantizer, Log2Quantizer, Quantizer, UniformQuantizer
 from iasvit.unison import Unison
 
 METHODS = {cls.name: cls for cls in (QDrop, BRECQ, FIMAQ, LSViT, APHQViT, GLFQ, AdaLogRetrained, Unison)}
@@ -204,6 +204,15 @@ def test_what_cannot_be_rotated_is_one_sentence() -> None:
     model = tiny_model("swin")
     with pytest.raises(IasvitError, match=r"nothing can be rotated here .* give rotation=false"):
         quantize(model, tiny_images(model, 2), "glf_q", rotation=True)
+
+
+@pytest.mark.parametrize(("spec", "kind"), [("W4A4", Log2Quantizer), ("W6A6", AdaLogQuantizer)])
+def test_unisons_softmax_quantizer_goes_by_the_bits(spec: str, kind: type[Quantizer]) -> None:
+    model = tiny_model("vit")
+    quantized = quantize(model, tiny_images(model, 5), "unison", spec)
+    found = [block.attn.matmul_av.left_quantizer for block in quantized.blocks]
+    assert found
+    assert all(type(q) is kind for q in found)
 
 
 @pytest.mark.parametrize("name", ["glf_q", "aphq_vit", "unison"])
