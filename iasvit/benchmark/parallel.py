@@ -90,7 +90,8 @@ def run_side_by_side(
     crashes: list[str] = []
     order = in_good_order(expected)
     works = [partial(run, [todo[each].cell], force=force, references=references) for each in order]
-    with TimeLeft([expected[each] for each in order], "percent of all cells", quiet) as left:
+    kinds = [todo[each].cell.model for each in order]
+    with TimeLeft([expected[each] for each in order], kinds, "percent of all cells", quiet) as left:
         for number, outcome in side_by_side(works, count):
             left.see(number, ended=outcome is not None)
             if outcome is None:
@@ -196,18 +197,22 @@ def _end_with(parent: int) -> None:
 
 
 class TimeLeft:
-    """Moves a bar by what works were expected to take, so that the time left that it shows is that of all.
+    """Moves a bar by what works take, so that the time left that it shows is that of all.
+
+    What is expected of a work is corrected by the works of its kind that have ended, or where there are none by all.
 
     Args:
         seconds: expected of each work; None where nothing is known.
+        kinds: of each work: those of a kind are expected to be wrong by the same factor, as cells of one model are.
         label: of the bar.
         quiet: show none.
     """
 
-    def __init__(self, seconds: Sequence[float | None], label: str, quiet: bool) -> None:
+    def __init__(self, seconds: Sequence[float | None], kinds: Sequence[str], label: str, quiet: bool) -> None:
         known = [each for each in seconds if each is not None]
         usual = max(sum(known) / len(known), 1e-3) if known else 1.0
         self.seconds = [usual if each is None else max(each, 1e-3) for each in seconds]
+        self.kinds = list(kinds)
         self.started: dict[int, float] = {}
         self.done: dict[int, float] = {}
         self._phase = Progress(label, quiet=quiet).phase("", 100)
@@ -227,14 +232,20 @@ class TimeLeft:
             self.done[number] = now - self.started.pop(number)
         elif number >= 0:
             self.started[number] = now
-        expected = sum(self.seconds[each] for each in self.done)
-        slower = sum(self.done.values()) / expected if expected else 1.0
-        for each, start in self.started.items():
-            share = (now - start) / (self.seconds[each] * max(slower, 1e-3))
-            expected += self.seconds[each] * min(share, 0.95)
-        percent = int(100 * expected / sum(self.seconds))
+        slower = {kind: self._slower(kind) for kind in set(self.kinds)}
+        every = [seconds * slower[kind] for seconds, kind in zip(self.seconds, self.kinds, strict=True)]
+        spent = sum(self.done.values())
+        left = sum(each for number, each in enumerate(every) if number not in self.done)
+        under_way = sum(min(now - start, 0.95 * every[each]) for each, start in self.started.items())
+        percent = int(100 * (spent + under_way) / (spent + left))
         self._bar.update(max(0, percent - self._shown))
         self._shown = max(percent, self._shown)
+
+    def _slower(self, kind: str) -> float:
+        """How many times what was expected the works of a kind took; without any, all works."""
+        done = [number for number in self.done if self.kinds[number] == kind] or list(self.done)
+        expected = sum(self.seconds[number] for number in done)
+        return max(sum(self.done[number] for number in done) / expected, 1e-3) if expected else 1.0
 
 
 def in_good_order(seconds: Sequence[float | None]) -> list[int]:

@@ -105,7 +105,10 @@ def test_time_left_follows_the_works_that_have_ended(monkeypatch: pytest.MonkeyP
     """Half of the work done in 40 s for the 20 s expected: the bar stands at a half, and in between below the end."""
     now = [0.0]
     monkeypatch.setattr(parallel.time, "monotonic", lambda: now[0])
-    with TimeLeft([20.0, None, 20.0], "", quiet=True) as left:  # a work of unknown cost takes what the others take
+    # A work of unknown cost takes what the others take.
+    with TimeLeft(
+        [20.0, None, 20.0], "aaa", "", quiet=True
+    ) as left:  # a work of unknown cost takes what the others take
         moved: list[int] = []
         monkeypatch.setattr(left._bar, "update", moved.append)
         left.see(0, ended=False)
@@ -121,3 +124,17 @@ def test_time_left_follows_the_works_that_have_ended(monkeypatch: pytest.MonkeyP
         now[0] = 150.0  # half of what the first took, five times what was expected
         left.see(-1, ended=False)
         assert sum(moved) == 50
+
+
+def test_what_is_left_is_corrected_by_works_of_its_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Works of kind b take a quarter of what is expected of them, those of kind a what is."""
+    now = [0.0]
+    monkeypatch.setattr(parallel.time, "monotonic", lambda: now[0])
+    with TimeLeft([10.0, 40.0, 30.0, 80.0], "abab", "", quiet=True) as left:
+        moved: list[int] = []
+        monkeypatch.setattr(left._bar, "update", moved.append)
+        for number, seconds in enumerate((10.0, 10.0)):
+            left.see(number, ended=False)
+            now[0] += seconds
+            left.see(number, ended=True)
+        assert sum(moved) == 28  # 20 s of 20 + 30 + 80 / 4
