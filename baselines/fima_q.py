@@ -21,10 +21,12 @@ class FIMAQ(BlockReconstruction):
 
     Options: see `BlockReconstruction`.
         rank: refreshes of the Fisher, each of which adds to its rank.
+        damping: of the inverse of D Dᵀ, as a part of its mean diagonal element.
         per_token: one scale for each token's position; see `iasvit.blockwise.per_token`.
     """
 
     rank: Annotated[int, Range(1, 64)] = 5
+    damping: Annotated[float, Range(above=0)] = 1e-6
     per_token: bool = False
 
     name: ClassVar[str] = "fima_q"
@@ -33,7 +35,7 @@ class FIMAQ(BlockReconstruction):
 
     def loss(self) -> Loss:
         """See `BlockReconstruction`."""
-        return LowRankFisher(self.rank)
+        return LowRankFisher(self.rank, damping=self.damping)
 
     def initialise(self, quantized: nn.Module, images: ActivationStore, share: int | None) -> None:
         """See `BlockReconstruction`."""

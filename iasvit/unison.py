@@ -22,13 +22,14 @@ from iasvit.blockwise import (
 from iasvit.blockwise.core import Settings
 from iasvit.blockwise.initialise import INITIALISATIONS
 from iasvit.blockwise.joint import Augmentation, Weights, learn_jointly
+from iasvit.blockwise.output_search import search_bases
 from iasvit.blockwise.teacher import Teacher
 from iasvit.blockwise.transforms import rotated
 from iasvit.calibration import ActivationStore, network_need
 from iasvit.models import Site
 from iasvit.options import OneOf, Range
 from iasvit.progress import Progress
-from iasvit.quantizers import SOFTMAX_QUANTIZERS, Quantizer
+from iasvit.quantizers import SOFTMAX_QUANTIZERS, Quantizer, ShiftedAdaLogQuantizer
 
 LOSSES: dict[str, Callable[[], Loss]] = {
     "mse": Loss,
@@ -38,9 +39,6 @@ LOSSES: dict[str, Callable[[], Loss]] = {
     "least_squares": LeastSquaresHessian,
     "suffix": MeanSquare,  # and what FrozenSuffix adds
 }
-
-
-BY_BITS = "by_bits"
 
 
 @dataclass
@@ -54,8 +52,10 @@ class Unison(BlockReconstruction):
        cropped, mirrored and mixed at random.
 
     Options, besides those of `BlockReconstruction`; rates of scales are of multiples of the first scale:
-        softmax: the post-softmax quantizer; "by_bits" is a log2 of searched scale, and from 6 bits on AdaLog's searched
-            base, whose finer steps 6 bits suffice for (docs/real-vit.md, "Which post-softmax quantizer?").
+        softmax: the post-softmax quantizer.
+        gelu: the post-GELU quantizer: "uniform", or "adalog", whose base is searched.
+        bases_by_output: choose scale and base of AdaLog quantizers by the error of what their layer puts out
+            (`iasvit.blockwise.output_search.search_bases`), not by that of the values.
         rounding: "straight" learns the weights, "adaround" only their rounding (no step 3 then).
         block_loss: what blocks are compared by, a name in `LOSSES`.
         suffix_features, suffix_logits, suffix_local: weights in the loss "suffix".
@@ -78,7 +78,9 @@ class Unison(BlockReconstruction):
     drop: Annotated[float, Range(0, 1)] = 0.0
     initialisation: Annotated[str, OneOf(tuple(INITIALISATIONS))] = "propagated"
     init_size: Annotated[int, Range(1)] = 64
-    softmax: Annotated[str, OneOf((BY_BITS, *SOFTMAX_QUANTIZERS))] = BY_BITS
+    softmax: Annotated[str, OneOf(tuple(SOFTMAX_QUANTIZERS))] = "adalog"
+    gelu: Annotated[str, OneOf(("uniform", "adalog"))] = "uniform"
+    bases_by_output: bool = True
     rounding: Annotated[str, OneOf(("straight", "adaround"))] = "straight"
     block_loss: Annotated[str, OneOf(tuple(LOSSES))] = "mse"
     suffix_features: Annotated[float, Range(0)] = 1.0
@@ -103,9 +105,10 @@ class Unison(BlockReconstruction):
     mix: Annotated[float, Range(0, 1)] = 0.0
 
     name: ClassVar[str] = "unison"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     changelog: ClassVar[dict[int, str]] = {
-        2: "AdaLog after softmax from 6 bits on; the mini recipe has 300 steps a block and 600 of all blocks"
+        2: "AdaLog after softmax from 6 bits on; the mini recipe has 300 steps a block and 600 of all blocks",
+        3: "AdaLog after softmax at all bits, its scale and base chosen by the error of A·V",
     }
     recipes: ClassVar[dict[str, BlockRecipe]] = {
         "paper": BlockRecipe(500, 2e-4, 2e-3, 2000, 4e-4),
@@ -121,9 +124,14 @@ class Unison(BlockReconstruction):
 
     def activation_quantizer(self, site: Site) -> Quantizer:
         """See `BlockReconstruction`."""
-        if site.role == "softmax" and self.softmax == BY_BITS:
-            return SOFTMAX_QUANTIZERS["adalog" if site.n_bits >= 6 else "log2_searched"](site.n_bits)
+        if site.role == "gelu" and self.gelu == "adalog":
+            return ShiftedAdaLogQuantizer(site.n_bits)
         return super().activation_quantizer(site)
+
+    def refine(self, quantized: nn.Module, images: ActivationStore, share: int | None) -> None:
+        """See `BlockReconstruction`."""
+        if self.bases_by_output:
+            search_bases(quantized, images, self.init_size, share)
 
     def loss(self) -> Loss:
         """See `BlockReconstruction`."""

@@ -195,6 +195,7 @@ class BlockReconstruction:
                     self.initialise(quantized, images, share)
                 else:
                     INITIALISATIONS[self.initialisation](quantized, images, self.init_size, share)
+                self.refine(quantized, images, share)
 
         def fit(job: SegmentJob) -> None:
             with progress.phase("reconstruction, blocks"):
@@ -221,6 +222,9 @@ class BlockReconstruction:
     def initialise(self, quantized: nn.Module, images: ActivationStore, share: int | None) -> None:
         """Set all quantizers before anything is learnt; `share`: bytes for each store of activations."""
         initialise(self.initialisation, quantized, images, self.init_size, share)
+
+    def refine(self, quantized: nn.Module, images: ActivationStore, share: int | None) -> None:
+        """Change quantizers that are set, before anything is learnt; nothing by default."""
 
     def finish(self, quantized: nn.Module, teacher: Teacher, settings: Settings, progress: Progress) -> None:
         """What is done when all blocks are learnt, before weights are rounded for good; nothing by default."""

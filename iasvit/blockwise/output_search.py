@@ -1,4 +1,4 @@
-"""Ranges of uniform quantizers by the error of a layer's output, operand by operand, in full-precision surroundings."""
+"""Ranges and bases by the error of a layer's output, operand by operand, in full-precision surroundings."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ from torch import Tensor, nn
 from iasvit import distributed
 from iasvit.calibration import ActivationStore, calibration_store
 from iasvit.calibration.fisher import Capture, as_rows, captures
+from iasvit.calibration.progressive import search_operand
 from iasvit.calibration.spill import FileTensor, Table
 from iasvit.nn import QuantMatMul, quantizers_of
-from iasvit.quantizers import Quantizer, UniformQuantizer
+from iasvit.quantizers import AdaLogQuantizer, Quantizer, UniformQuantizer
 from iasvit.quantizers.uniform import range_to_uniform
 
 ROUNDS, CANDIDATES = 3, 128
 ROWS = 2**12  # of a layer's inputs that its search reads at most, evenly spaced
 VALUES = 2**21  # of a product's operands and output, in whole matrices
+BASE_STEPS = 5  # refinements of the search for a scale and a base
 
 
 @torch.no_grad()
@@ -45,6 +47,48 @@ def search_outputs(quantized: nn.Module, images: ActivationStore, size: int, sha
 
     quantizers = [quantizer for weights in (True, False) for _, quantizer in quantizers_of(quantized, weights=weights)]
     distributed.done_by_first(quantizers, search)
+
+
+@torch.no_grad()
+def search_bases(quantized: nn.Module, images: ActivationStore, size: int, share: int | None) -> None:
+    """Choose scale and base of all AdaLog quantizers by the squared error of what their layer or product puts out.
+
+    The squared error of an attention map itself prefers a small base, whose last code, 0, swallows the many small
+    values of the map's tail, although together they weigh much in A·V. The other operand is quantized as it then is.
+
+    Args:
+        quantized: all its quantizers calibrated; others than AdaLog's stay.
+        images: calibration images.
+        size: how many of them are read.
+        share: bytes for each store of activations; None for no limit.
+    """
+
+    def search() -> None:
+        device = next(quantized.parameters()).device
+        some = calibration_store(images.batches(images.passes(size), limit=size), device, share)
+        for layers in captures(quantized, some, None, memory_budget=share):
+            for capture in layers:
+                search_base(capture)
+
+    quantizers = [pair for pair in quantizers_of(quantized, weights=False) if isinstance(pair[1], AdaLogQuantizer)]
+    if quantizers:
+        distributed.done_by_first([quantizer for _, quantizer in quantizers], search)
+
+
+def search_base(capture: Capture) -> None:
+    """Choose scale and base of an AdaLog quantizer of a Linear's input or of a product's left operand."""
+    layer = capture.layer
+    if isinstance(layer, QuantMatMul):
+        quantizer, right = layer.left_quantizer, layer.right_quantizer
+        if isinstance(quantizer, AdaLogQuantizer):
+            left, other, y = _product_operands(capture)
+            other = _values(right, other)
+            search_operand(quantizer, lambda found: found @ other, left, y, BASE_STEPS)
+    elif isinstance(layer.input_quantizer, AdaLogQuantizer):
+        x, y = (rows.to(layer.weight.device) for rows in _rows(capture))
+        weight = _values(layer.weight_quantizer, layer.weight.flatten(1))
+        target = y if layer.bias is None else y - layer.bias
+        search_operand(layer.input_quantizer, lambda found: found @ weight.T, x, target, BASE_STEPS)
 
 
 def search_layer(capture: Capture) -> None:
@@ -75,9 +119,7 @@ def search_layer(capture: Capture) -> None:
 
 def search_product(capture: Capture) -> None:
     """Choose the ranges of a product of activations."""
-    tables = (*capture.inputs, capture.output)
-    most = max(1, VALUES // max(table.shape[-1] * table.shape[-2] for table in tables))
-    left, right, y = (_matrices(table, most) for table in tables)
+    left, right, y = _product_operands(capture)
     operands = [(capture.layer.left_quantizer, left), (capture.layer.right_quantizer, right)]
     for _ in range(ROUNDS):
         for place, (quantizer, x) in enumerate(operands):
@@ -144,6 +186,14 @@ def _rows(capture: Capture) -> tuple[Tensor, Tensor]:
         x, y = as_rows(capture.layer, (x, y))
     chosen = _spaced(len(x), ROWS)
     return x[chosen], y[chosen]
+
+
+def _product_operands(capture: Capture) -> tuple[Tensor, Tensor, Tensor]:
+    """Matrices of a product's left and right operand and output."""
+    tables = (*capture.inputs, capture.output)
+    most = max(1, VALUES // max(table.shape[-1] * table.shape[-2] for table in tables))
+    left, right, y = (_matrices(table, most) for table in tables)
+    return left, right, y
 
 
 def _matrices(table: Table, most: int) -> Tensor:

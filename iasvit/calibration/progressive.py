@@ -119,6 +119,21 @@ def search_product(product: QuantMatMul, left: Tensor, right: Tensor, rounds: in
         _search(operands[1], lambda found, other=other: other @ found, right, target, steps)
 
 
+def search_operand(
+    quantizer: Quantizer, output: Callable[[Tensor], Tensor], x: Tensor, target: Tensor, steps: int
+) -> None:
+    """Set one operand's quantizer by the squared error of the output.
+
+    Args:
+        quantizer: calibrated; uniform per tensor, or AdaLog, whose scale and base are searched together.
+        output: the operand's fake-quantized values → the output.
+        x: the operand.
+        target: the output in full precision.
+        steps: refinements of the search.
+    """
+    _search(_Range(quantizer, x), output, x, target, steps)
+
+
 def _search(operand: _Range, output: Callable[[Tensor], Tensor], x: Tensor, target: Tensor, steps: int) -> None:
     def errors(point: Tensor) -> Tensor:
         operand.set(point)

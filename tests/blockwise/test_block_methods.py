@@ -26,7 +26,7 @@ from iasvit.blockwise.joint import Augmentation
 from iasvit.errors import IasvitError
 from iasvit.nn import quant_layers, quantizers_of
 from iasvit.progress import Progress
-from iasvit.quantizers import AdaLogQuantizer, Log2Quantizer, Quantizer, UniformQuantizer
+from iasvit.quantizers import AdaLogQuantizer, UniformQuantizer
 from iasvit.unison import Unison
 
 METHODS = {cls.name: cls for cls in (QDrop, BRECQ, FIMAQ, LSViT, APHQViT, GLFQ, AdaLogRetrained, Unison)}
@@ -206,13 +206,19 @@ def test_what_cannot_be_rotated_is_one_sentence() -> None:
         quantize(model, tiny_images(model, 2), "glf_q", rotation=True)
 
 
-@pytest.mark.parametrize(("spec", "kind"), [("W4A4", Log2Quantizer), ("W6A6", AdaLogQuantizer)])
-def test_unisons_softmax_quantizer_goes_by_the_bits(spec: str, kind: type[Quantizer]) -> None:
+def test_unisons_bases_are_chosen_by_what_products_put_out() -> None:
     model = tiny_model("vit")
-    quantized = quantize(model, tiny_images(model, 5), "unison", spec)
-    found = [block.attn.matmul_av.left_quantizer for block in quantized.blocks]
-    assert found
-    assert all(type(q) is kind for q in found)
+    images = tiny_images(model, 5)
+    chosen = quantize(model, images, "unison", "W4A4", iterations=0, joint_iterations=0, gelu="adalog")
+    by_values = quantize(
+        model, images, "unison", "W4A4", iterations=0, joint_iterations=0, gelu="adalog", bases_by_output=False
+    )
+    found = [
+        [q for _, q in quantizers_of(m, weights=False) if isinstance(q, AdaLogQuantizer)] for m in (chosen, by_values)
+    ]
+    assert len(found[0]) == 2 * len(model.blocks)  # after softmax and after GELU
+    assert len(found[1]) == len(found[0])
+    assert any(a.exponent != b.exponent for a, b in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("name", ["glf_q", "aphq_vit", "unison"])

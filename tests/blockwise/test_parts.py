@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from iasvit.blockwise.core import rounding_error
-from iasvit.blockwise.output_search import CANDIDATES, _product_error, search_layer, search_product
+from iasvit.blockwise.output_search import CANDIDATES, _product_error, search_base, search_layer, search_product
 from iasvit.blockwise.parts import AdaRound, Dropped, Learnt, LearntScale
 from iasvit.calibration.fisher import Capture
 from iasvit.nn import QuantLinear, QuantMatMul
-from iasvit.quantizers import UniformQuantizer
+from iasvit.quantizers import AdaLogQuantizer, ShiftedAdaLogQuantizer, UniformQuantizer
+from iasvit.quantizers.adalog import EXPONENTS
 from iasvit.steps import Group, minimise
 
 
@@ -217,6 +218,45 @@ def test_a_products_ranges_lower_its_error_or_stay() -> None:
     after = (product(left, right) - y).square().sum()
     assert after < before
     assert not product.left_quantizer.zero_point.is_floating_point()
+
+
+def test_a_base_is_chosen_by_what_the_product_puts_out() -> None:
+    generator = torch.Generator().manual_seed(0)
+    left = (3 * torch.randn(4, 32, 64, generator=generator)).softmax(-1)  # a few large values and a long tail
+    right = torch.randn(4, 64, 16, generator=generator) + 1.0  # a mean, which the tail adds up to
+    quantizer, values = AdaLogQuantizer(3), calibrated(right)
+    quantizer.calibrate(left)
+    product = QuantMatMul(quantizer, values)
+    y = left @ right
+
+    def error() -> float:
+        return (product(left, right) - y).square().sum().item()
+
+    before = error()
+    search_base(Capture("product", product, (left, right), y, None))
+    chosen, found = error(), (quantizer.scale.clone(), quantizer.exponent.clone())
+    every = []
+    for kept in torch.linspace(0.02, 1.0, 50):
+        for exponent in EXPONENTS:
+            quantizer.scale = left.max() * kept
+            quantizer.exponent = torch.tensor(exponent, dtype=torch.int32)
+            every.append(error())
+    assert chosen < 0.8 * before
+    assert chosen < 1.05 * min(every)
+    assert found[0].ndim == found[1].ndim == 0
+
+
+def test_a_base_after_gelu_is_chosen_by_what_the_layer_puts_out(weight: Tensor) -> None:
+    x = torch.nn.functional.gelu(2 * torch.randn(200, 10, generator=torch.Generator().manual_seed(1)))
+    quantizer = ShiftedAdaLogQuantizer(3)
+    quantizer.calibrate(x)
+    layer = QuantLinear(10, 6, False)
+    layer.weight.data.copy_(weight)
+    layer.weight_quantizer, layer.input_quantizer = calibrated(weight, channel_dim=0), quantizer
+    y = x @ weight.T
+    before = (layer(x) - y).square().sum()
+    search_base(Capture("layer", layer, (x,), y, None))
+    assert (layer(x) - y).square().sum() < before
 
 
 @pytest.mark.parametrize("inner", [2, 9])
