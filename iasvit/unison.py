@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from statistics import mode
 from typing import Annotated, ClassVar
 
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ from iasvit.blockwise.teacher import Teacher
 from iasvit.blockwise.transforms import rotated
 from iasvit.calibration import ActivationStore, network_need
 from iasvit.models import Site
+from iasvit.nn import quantizers_of
 from iasvit.options import OneOf, Range
 from iasvit.progress import Progress
 from iasvit.quantizers import SOFTMAX_QUANTIZERS, Quantizer, ShiftedAdaLogQuantizer
@@ -53,9 +55,9 @@ class Unison(BlockReconstruction):
 
     Options, besides those of `BlockReconstruction`; rates of scales are of multiples of the first scale:
         softmax: the post-softmax quantizer.
-        gelu: the post-GELU quantizer: "uniform", or "adalog", whose base is searched.
-        bases_by_output: choose scale and base of AdaLog quantizers by the error of what their layer puts out
-            (`iasvit.blockwise.output_search.search_bases`), not by that of the values.
+        gelu: the post-GELU quantizer, "uniform" or "adalog".
+        bases: what AdaLog's scales and bases are chosen by: the error of the quantized "values" themselves, or of what
+            the layer "outputs" (`iasvit.blockwise.output_search.search_bases`).
         rounding: "straight" learns the weights, "adaround" only their rounding (no step 3 then).
         block_loss: what blocks are compared by, a name in `LOSSES`.
         suffix_features, suffix_logits, suffix_local: weights in the loss "suffix".
@@ -68,6 +70,7 @@ class Unison(BlockReconstruction):
         relu_iterations: steps of an MLP; the recipe's where not given.
         joint_iterations: steps of all blocks at once.
         joint_batch_size, joint_lr, joint_scale_lr: of these; the scale's rate for activations, as for weights.
+        joint_decay: both rates are multiplied by it for each bit beyond 3: finer codes need smaller corrections.
         joint_logits, joint_features, joint_local: weights of what is compared.
         crop: least side of a random crop, as a part of the image's; 1 for none.
         flip: mirror half of the images.
@@ -79,8 +82,8 @@ class Unison(BlockReconstruction):
     initialisation: Annotated[str, OneOf(tuple(INITIALISATIONS))] = "propagated"
     init_size: Annotated[int, Range(1)] = 64
     softmax: Annotated[str, OneOf(tuple(SOFTMAX_QUANTIZERS))] = "adalog"
-    gelu: Annotated[str, OneOf(("uniform", "adalog"))] = "uniform"
-    bases_by_output: bool = True
+    gelu: Annotated[str, OneOf(("uniform", "adalog"))] = "adalog"
+    bases: Annotated[str, OneOf(("values", "outputs"))] = "outputs"
     rounding: Annotated[str, OneOf(("straight", "adaround"))] = "straight"
     block_loss: Annotated[str, OneOf(tuple(LOSSES))] = "mse"
     suffix_features: Annotated[float, Range(0)] = 1.0
@@ -97,6 +100,7 @@ class Unison(BlockReconstruction):
     joint_batch_size: Annotated[int, Range(1)] = 32
     joint_lr: Annotated[float, Range(above=0)] = 5e-5
     joint_scale_lr: Annotated[float, Range(0)] = 5e-4
+    joint_decay: Annotated[float, Range(above=0, most=1)] = 0.5
     joint_logits: Annotated[float, Range(0)] = 1.0
     joint_features: Annotated[float, Range(0)] = 1.0
     joint_local: Annotated[float, Range(0)] = 1.0
@@ -108,7 +112,8 @@ class Unison(BlockReconstruction):
     version: ClassVar[int] = 3
     changelog: ClassVar[dict[int, str]] = {
         2: "AdaLog after softmax from 6 bits on; the mini recipe has 300 steps a block and 600 of all blocks",
-        3: "AdaLog after softmax at all bits, its scale and base chosen by the error of A·V",
+        3: "AdaLog after softmax and GELU at all bits, its scale and base chosen by the output's error; rates of step 3 "
+        "are halved for each bit beyond 3",
     }
     recipes: ClassVar[dict[str, BlockRecipe]] = {
         "paper": BlockRecipe(500, 2e-4, 2e-3, 2000, 4e-4),
@@ -130,7 +135,7 @@ class Unison(BlockReconstruction):
 
     def refine(self, quantized: nn.Module, images: ActivationStore, share: int | None) -> None:
         """See `BlockReconstruction`."""
-        if self.bases_by_output:
+        if self.bases == "outputs":
             search_bases(quantized, images, self.init_size, share)
 
     def loss(self) -> Loss:
@@ -169,20 +174,21 @@ class Unison(BlockReconstruction):
             full_inputs=True,
         )
 
-    def joint_settings(self) -> Settings:
-        """How all blocks are learnt at once."""
-        settings = self.settings()
+    def joint_settings(self, n_bits: int = 3) -> Settings:
+        """How all blocks are learnt at once; `n_bits`: of most quantizers."""
+        settings, slower = self.settings(), self.joint_decay ** max(0, n_bits - 3)
+        lr, scale_lr = self.joint_lr * slower, self.joint_scale_lr * slower
         steps = self.joint_steps[self.recipe] if self.joint_iterations is None else self.joint_iterations
         return replace(
             settings,
             iterations=0 if self.adaround else steps,
             batch_size=self.joint_batch_size,
             adaround=False,
-            lr=self.joint_lr,
-            bias_lr=self.joint_lr if self.biases else 0.0,
-            scale_lr=self.joint_scale_lr,
-            weight_scale_lr=self.joint_scale_lr if self.weight_scale_lr else 0.0,
-            norm_lr=self.joint_lr if self.norm_lr else 0.0,
+            lr=lr,
+            bias_lr=lr if self.biases else 0.0,
+            scale_lr=scale_lr,
+            weight_scale_lr=scale_lr if self.weight_scale_lr else 0.0,
+            norm_lr=lr if self.norm_lr else 0.0,
         )
 
     def forwards(self, calib_size: int) -> float:
@@ -208,5 +214,7 @@ class Unison(BlockReconstruction):
         """See `BlockReconstruction`."""
         weights = Weights(self.joint_logits, self.joint_features, self.joint_local)
         augmentation = Augmentation(self.crop, self.flip, self.mix)
-        joint = self.joint_settings()
+        joint = self.joint_settings(
+            mode(q.n_bits for w in (True, False) for _, q in quantizers_of(quantized, weights=w))
+        )
         learn_jointly(quantized, teacher, teacher.images, joint, weights, augmentation, progress, self.seed)

@@ -206,12 +206,29 @@ def test_what_cannot_be_rotated_is_one_sentence() -> None:
         quantize(model, tiny_images(model, 2), "glf_q", rotation=True)
 
 
+def test_unisons_joint_rates_fall_with_the_bits() -> None:
+    method = Unison()
+    at_three, at_six = method.joint_settings(3), method.joint_settings(6)
+    assert at_six.lr == at_three.lr / 8
+    assert at_six.weight_scale_lr == at_six.scale_lr == at_three.scale_lr / 8
+    assert method.joint_settings(2) == at_three
+
+
+@pytest.mark.parametrize("spec", ["W3A3,head=W8A8", "W6A6"])
+def test_unisons_joint_rates_go_by_the_bits_of_most_quantizers(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, seen = tiny_model("vit"), []
+    settings = Unison.joint_settings
+    monkeypatch.setattr(Unison, "joint_settings", lambda self, n_bits=3: seen.append(n_bits) or settings(self, n_bits))
+    quantize(model, tiny_images(model, 5), "unison", spec)
+    assert seen[-1] == int(spec[1])
+
+
 def test_unisons_bases_are_chosen_by_what_products_put_out() -> None:
     model = tiny_model("vit")
     images = tiny_images(model, 5)
     chosen = quantize(model, images, "unison", "W4A4", iterations=0, joint_iterations=0, gelu="adalog")
     by_values = quantize(
-        model, images, "unison", "W4A4", iterations=0, joint_iterations=0, gelu="adalog", bases_by_output=False
+        model, images, "unison", "W4A4", iterations=0, joint_iterations=0, gelu="adalog", bases="values"
     )
     found = [
         [q for _, q in quantizers_of(m, weights=False) if isinstance(q, AdaLogQuantizer)] for m in (chosen, by_values)
