@@ -112,8 +112,8 @@ class Unison(BlockReconstruction):
     version: ClassVar[int] = 3
     changelog: ClassVar[dict[int, str]] = {
         2: "AdaLog after softmax from 6 bits on; the mini recipe has 300 steps a block and 600 of all blocks",
-        3: "AdaLog after softmax and GELU at all bits, its scale and base chosen by the output's error; rates of step 3 "
-        "are halved for each bit beyond 3",
+        3: "AdaLog after softmax and GELU at all bits, its scale and base chosen by the output's error; the rates "
+        "of step 3 are halved for each bit beyond 3",
     }
     recipes: ClassVar[dict[str, BlockRecipe]] = {
         "paper": BlockRecipe(500, 2e-4, 2e-3, 2000, 4e-4),
