@@ -13,7 +13,7 @@ import pandas as pd
 from iasvit.benchmark.results import Row
 from iasvit.benchmark.task import REAL, Metric
 from iasvit.leaderboard.cells import TABLE, add_published, aggregate, cells_as_data, labelled, row_columns
-from iasvit.leaderboard.markdown import MARKS, MISSING, Document, escape, grid, slug
+from iasvit.leaderboard.markdown import MARKS, MISSING, Document, brief_grid, escape, grid, slug
 from iasvit.leaderboard.metrics import further, model_order, task_metrics
 from iasvit.progress import fingerprint as digest
 
@@ -95,7 +95,7 @@ def _document(
         (split_size, part["data_time"].iloc[0], fingerprint): part
         for (split_size, fingerprint), part in rows.groupby(["split_size", "data_fingerprint"])
     }
-    sections, details, frames = [], [], []
+    sections, details, frames, brief = [], [], [], []
     first: dict[str, Any] = {}
     for data, part in sorted(parts.items(), reverse=True):
         split_size, _, fingerprint = data
@@ -107,7 +107,12 @@ def _document(
         if published is not None:
             cells = add_published(cells, published, spec, primary)
         for metric in primary:
-            sections += [f"**{escape(title)}.** {metric.name}, {size}", grid(cells, metric, order)]
+            head = f"**{escape(title)}.** {metric.name}, {size}"
+            sections += [head, grid(cells, metric, order)]
+            if not first:  # the largest and latest data alone
+                brief += [head, brief_grid(cells, metric, order)]
+        if not first:
+            brief.append(_brief_note(part, cells, primary))
         sections += [_bullets(_notes(part, cells, metrics)), _commands(part)]
         details += [_details(cells, size, further(metrics), order)]
         columns = {"task": task, "dataset": dataset, "spec": spec, "data_kind": kind}
@@ -119,6 +124,7 @@ def _document(
         title=title,
         sections="\n\n".join(sections),
         details="\n\n".join(details),
+        brief="\n\n".join(brief),
         frame=pd.concat(frames, ignore_index=True),
         kind=kind,
         heading=heading,
@@ -156,6 +162,17 @@ def _notes(rows: pd.DataFrame, cells: pd.DataFrame, metrics: Sequence[Metric]) -
     if cells.filter(regex="^published_").notna().any(axis=None):
         notes.append("Published: the papers' value on the whole validation split, and ours less it.")
     return notes + _other_versions(cells)
+
+
+def _brief_note(rows: pd.DataFrame, cells: pd.DataFrame, primary: Sequence[Metric]) -> str:
+    """A line below README's tables: what a value is, its standard error, and whether another version measured some."""
+    parts = ["Means over seeds, best first"]
+    for metric in primary:
+        if metric.standard_error in rows:
+            parts.append(f"standard error of {metric.name} at most {rows[metric.standard_error].max():.1f}")
+    if (cells["other_version"] != "").any():
+        parts.append("some values are of earlier versions of a method")
+    return "; ".join(parts) + "."
 
 
 def _rules(rows: pd.DataFrame) -> list[str]:

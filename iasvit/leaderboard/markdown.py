@@ -21,10 +21,11 @@ class Document:
     """The tables of one task, data set and bit-width, all of one kind.
 
     Attributes:
-        name: of its files and of its place in README.
+        name: of its files and of its marker in README.
         title: says which of the three kinds the numbers are.
-        sections: Markdown that README takes too.
+        sections: the tables of the primary metrics, with notes and commands; Markdown.
         details: further Markdown.
+        brief: what README gets: means alone, without marks or notes; Markdown.
         frame: the same as data.
         kind: PUBLISHED, REAL or EMBEDDED.
         heading: what the numbers are, "measured on real data".
@@ -39,6 +40,7 @@ class Document:
     title: str
     sections: str
     details: str
+    brief: str
     frame: pd.DataFrame
     kind: str
     heading: str
@@ -96,6 +98,45 @@ def grid(cells: pd.DataFrame, metric: Metric, model_order: Sequence[str], marked
             cell = by_labels.get((method, model))
             row.append(MISSING if cell is None else _cell(cell, metric, top[model], same_n))
         rows.append(row)
+    return _lines(rows)
+
+
+def brief_grid(cells: pd.DataFrame, metric: Metric, model_order: Sequence[str]) -> str:
+    """Methods × models: the mean alone, "failed" where every seed failed.
+
+    The best mean over all models comes first. Methods that lack a model follow by name, then those that quantize
+    weights alone.
+
+    Args:
+        cells: see `grid`.
+        metric: to show.
+        model_order: see `grid`.
+    """
+    models = ordered_models(cells, model_order)
+    values = cells.pivot(index="method_label", columns="model_label", values=metric.name)[models]
+    measured = cells.pivot(index="method_label", columns="model_label", values="n")[models]
+    weights_only = cells.groupby("method_label")["weights_only"].any()
+    mean = values.mean(axis=1, skipna=False) * (-1 if metric.higher_is_better else 1)
+    rows = [["method", *map(escape, models)]]
+    if f"fp_{metric.name}" in cells:
+        full = cells.groupby("model_label")[f"fp_{metric.name}"].mean()
+        rows.append(
+            ["fp32", *(MISSING if pd.isna(full[model]) else f"{full[model]:.{metric.digits}f}" for model in models)]
+        )
+    for method in sorted(
+        values.index, key=lambda label: (weights_only[label], pd.isna(mean[label]), mean[label], label)
+    ):
+        row = [escape(method)]
+        for model in models:
+            value = values.at[method, model]
+            text = "failed" if measured.at[method, model] == 0 else MISSING
+            row.append(text if pd.isna(value) else f"{value:.{metric.digits}f}")
+        rows.append(row)
+    return _lines(rows)
+
+
+def _lines(rows: Sequence[Sequence[str]]) -> str:
+    """The table's lines, the first row being its head, in columns of equal width."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     text = [
         "| " + " | ".join(value.ljust(width) for value, width in zip(row, widths, strict=True)) + " |" for row in rows
