@@ -33,55 +33,63 @@ T = TypeVar("T")
 
 # ---- options ---------------------------------------------------------------------------------------------------------
 
-Bits = Annotated[list[str], typer.Option(help='Repeatable; "W4A8", also with a layer\'s own bits, "W4A4,head=W8A8".')]
+Bits = Annotated[
+    list[str], typer.Option(help='Repeatable. "W4A8"; single layers may have other bits: "W4A4,head=W8A8".')
+]
 Methods = Annotated[
     list[str] | None,
-    typer.Option(help="Repeatable; also a variant as ias_vit[-sulq]. [default: all]", show_default=False),
+    typer.Option(
+        help="Repeatable. A name, or a variant such as ias_vit[-sulq]. [default: those that iasvit list prints first]",
+        show_default=False,
+    ),
 ]
 Checkpoint = Annotated[
-    Path | None, typer.Option(help="Weights of the one model: safetensors, or torch.save's of tensors.")
+    Path | None, typer.Option(help="Weights of the model: a safetensors file, or a torch.save file of tensors.")
 ]
-Pretrained = Annotated[bool, typer.Option(help="Trained weights, or random ones of a fixed seed.")]
+Pretrained = Annotated[bool, typer.Option(help="Use trained weights, or random ones from a fixed seed.")]
 Recipe = Annotated[
-    str, typer.Option(help='"paper", or "fast": a fifth of the steps at a higher learning rate, where not given.')
+    str, typer.Option(help='"paper", or "fast": fewer steps at a higher learning rate, unless these are given.')
 ]
 MemoryBudget = Annotated[
     str | None,
-    typer.Option(help='Bytes that quantization may allocate, as "8GiB"; results do not depend on it.'),
+    typer.Option(help='Memory that quantization may allocate, such as "8GiB". Results do not depend on it.'),
 ]
 MethodOptions = Annotated[
     list[str] | None,
     typer.Option(
         "--option",
-        help="Repeatable; NAME=VALUE, any other option of the methods, as autocast=true.",
+        help="Repeatable. NAME=VALUE for any other option of the methods, such as autocast=true.",
         show_default=False,
     ),
 ]
-Seeds = Annotated[list[int], typer.Option(help="Repeatable; of calibration images and method.")]
-Device = Annotated[str | None, typer.Option(help="[cuda where there is one, else cpu]")]
+Seeds = Annotated[list[int], typer.Option(help="Repeatable. Draws the calibration images and seeds the method.")]
+Device = Annotated[
+    str | None, typer.Option(help="cpu, cuda or cuda:1. [default: cuda if there is one, else cpu]", show_default=False)
+]
 Backend = Annotated[
     str | None,
     typer.Option(
-        help="What evaluates the quantized models: onnxruntime or openvino, on integers, through the exported graph. "
-        "[default: PyTorch]",
+        help="Evaluate the exported integer graph by onnxruntime or openvino. [default: PyTorch]",
         show_default=False,
     ),
 ]
-Limit = Annotated[int | None, typer.Option(help="Evaluate only so many images.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the cells and their estimated cost.")]
-Force = Annotated[bool, typer.Option("--force", help="Measure also cells that are stored.")]
-Stale = Annotated[bool, typer.Option("--stale", help="Measure also cells that are stored of another version.")]
-Save = Annotated[Path | None, typer.Option(help="Folder to keep every quantized model in; its row names the file.")]
+Limit = Annotated[int | None, typer.Option(help="Evaluate this many images only.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Print the cells and their estimated cost, and measure nothing.")
+]
+Force = Annotated[bool, typer.Option("--force", help="Also measure cells that are stored.")]
+Stale = Annotated[bool, typer.Option("--stale", help="Also measure cells that another version stored.")]
+Save = Annotated[Path | None, typer.Option(help="Folder for the quantized models. Each row names its file.")]
 Jobs = Annotated[
     int | None,
     typer.Option(
-        help="Cells measured at once on a CPU, each with one thread. [mini: the cores there are; else 1]",
+        help="Cells to measure at once on a CPU, each with one thread. [default: all cores on mini, else 1]",
         show_default=False,
     ),
 ]
 Threads = Annotated[
     int | None,
-    typer.Option(help="Threads of torch, where one cell runs at a time. [the cores that are idle]", show_default=False),
+    typer.Option(help="torch's threads, if one cell runs at a time. [default: the idle cores]", show_default=False),
 ]
 Results = Annotated[Path, typer.Option(help="Folder for the rows.")]
 RESULTS = Path("results/runs")
@@ -143,8 +151,10 @@ class Profile:
 def profile_option(text: str, name: str, mini: Profile, real: Profile) -> Any:
     """The option of a profile's attribute; its help gives the values of the embedded and of real data."""
     values = [f"{getattr(profile, name):g}" for profile in (mini, real)]
-    more = f", from 6 bits on {real.iterations_6_bits}" if name == "iterations" else ""
-    return typer.Option(help=f"{text} [{values[0]} mini; {values[1]} real{more}]")
+    more = f", {real.iterations_6_bits} from 6 bits on" if name == "iterations" else ""
+    return typer.Option(
+        help=f"{text} [default: {values[0]} on mini; {values[1]} on real data{more}]", show_default=False
+    )
 
 
 # ---- from options to cells -------------------------------------------------------------------------------------------

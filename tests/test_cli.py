@@ -65,7 +65,7 @@ def status(monkeypatch: pytest.MonkeyPatch, *args: str, of: typer.Typer | None =
         (["--method", "broken", "--how", "nan"], 1, "[1/1] failed: layer 'fc' puts out NaN"),
         (["--method", "nope"], 2, "error: method 'nope' is not registered; registered are noise, killed, broken"),
         (["--method", "noise[x]"], 2, "error: method 'noise[x]' is neither a name"),
-        (["--method", "broken", "--how", "interrupt"], 130, "interrupted; the same command again goes on"),
+        (["--method", "broken", "--how", "interrupt"], 130, "interrupted; run the same command again"),
         (["--method", "broken", "--how", "full"], 2, "error: the disk is full"),
         (["--speed", "3"], 2, "Error: No such option: --speed"),
     ],
@@ -187,7 +187,7 @@ def test_a_folder_of_rows_that_is_not_there_is_said(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert status(monkeypatch, "leaderboard", "--runs", "mistyped") == 0
-    assert capsys.readouterr().err == "warning: mistyped is no folder, so that nothing measured is shown\n"
+    assert capsys.readouterr().err == "warning: mistyped is not a folder, so no measured values are shown\n"
 
 
 def test_leaderboard_fills_readme_by_default(

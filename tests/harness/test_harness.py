@@ -339,7 +339,7 @@ def test_a_run_killed_inside_a_cell_resumes_there(tmp_path: Path, number: signal
         assert first.returncode == -signal.SIGKILL
     else:
         assert first.returncode == 130
-        assert first.stderr.strip().splitlines()[-1].startswith("interrupted; the same command again goes on")
+        assert first.stderr.strip().splitlines()[-1].startswith("interrupted; run the same command again")
         assert "Traceback" not in first.stderr
     second = run_killed(tmp_path, number)
     assert second.returncode == 0, second.stderr
