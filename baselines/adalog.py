@@ -176,7 +176,7 @@ def searched(
 
 
 def _search(segment: Segment, inputs: Any, batch_size: int, rounds: int, steps: int) -> Any:
-    """Set the segment's quantizers; what it puts out in full precision."""
+    """Set the segment's quantizers; what it outputs in full precision."""
     modules = [module for _, root in segment.modules for module in root.modules()]
     seen: dict[nn.Module, list[tuple[Tensor, ...]]] = {
         module: [] for module in modules if isinstance(module, (QuantLinear, QuantMatMul)) and segment.reconstruct

@@ -38,8 +38,8 @@ def main(app: typer.Typer | None = None) -> NoReturn:
     """Run an app, the `iasvit` command by default, and exit.
 
     Status 0, or what the app chose (1: a cell failed); 2 with one sentence and no traceback for bad input and a full
-    disk; 130 for Ctrl-C, 143 for SIGTERM, both with what a command cleans up. Of the processes that torchrun starts one
-    says why, and all end.
+    disk; 130 for Ctrl-C, 143 for SIGTERM, both with what a command cleans up. If torchrun started several processes,
+    one prints the reason and all end.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
@@ -72,7 +72,7 @@ def main(app: typer.Typer | None = None) -> NoReturn:
 
 
 def _processes() -> AbstractContextManager[None]:
-    """The group of the processes that torchrun has started; nothing where it has started one, or none."""
+    """The group of the processes that torchrun started; nothing if it started one or none."""
     if not _several():
         return nullcontext()
     with interruptible():

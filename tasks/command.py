@@ -207,7 +207,7 @@ def make_cells(
     takes = {method: method_options(method) for method in methods}
     for option in given:
         if not any(option in options for options in takes.values()):
-            raise IasvitError(f"{_flag(option)} is no option of {', '.join(methods)}")
+            raise IasvitError(f"{_flag(option)} is not an option of {', '.join(methods)}")
     cells = []
     for name in names:
         for spec in specs:
@@ -248,7 +248,7 @@ def parse_options(texts: Iterable[str], given: Mapping[str, Any] | None = None) 
     for text in texts:
         name, equals, value = text.partition("=")
         if not name or not equals or not value:
-            raise IasvitError(f"--option {shown(text)} is not of the form NAME=VALUE, as autocast=true")
+            raise IasvitError(f"--option {shown(text)} is not of the form NAME=VALUE, such as autocast=true")
         if name == "seed":
             raise IasvitError(f"--option {shown(text)} sets the seed, which --seed does")
         if name in options:
@@ -269,7 +269,7 @@ def check_checkpoint(checkpoint: Path | None, names: Sequence[str]) -> None:
     """Raise IasvitError where one file is to be the weights of several models."""
     if checkpoint is not None and len(names) > 1:
         raise IasvitError(
-            f"--checkpoint is of one model, but {len(names)} are asked for: {', '.join(names)}; choose one of them"
+            f"--checkpoint holds one model, but {len(names)} are asked for: {', '.join(names)}; choose one of them"
         )
 
 
@@ -387,9 +387,9 @@ def _jobs(task: Task, jobs: int | None, threads: int | None) -> int:
     if jobs is None:
         return usable_cores() if task.data.kind == EMBEDDED and on_cpu and threads is None else 1
     if jobs > 1 and not on_cpu:
-        raise IasvitError(f"--jobs is {jobs}, but cells run side by side on a CPU alone; iasvit sweep has GPUs")
+        raise IasvitError(f"--jobs is {jobs}, but cells run side by side on a CPU only; use iasvit sweep for GPUs")
     if jobs > 1 and threads is not None and threads > 1:
-        raise IasvitError(f"--threads is {threads}, but cells side by side have one thread each; leave out one of both")
+        raise IasvitError(f"--threads is {threads}, but cells side by side have one thread each; leave one of them out")
     return jobs
 
 

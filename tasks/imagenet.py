@@ -150,7 +150,7 @@ class ImageNetTask(Task):
         """Raise IasvitError where the network's classes are not the data's, or it has none."""
         allowed = self.images.num_classes
         if allowed is None and network.num_classes == 0:
-            raise IasvitError(f"backbone {model!r} has no classifier, so that there are no outputs to compare")
+            raise IasvitError(f"backbone {model!r} has no classifier, so there are no outputs to compare")
         if allowed is not None and network.num_classes not in allowed:
             counts = " or ".join(str(count) for count in allowed)
             without = ", or leave labels out with --no-labels" if isinstance(self.images, AnyFolderImages) else ""

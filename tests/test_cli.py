@@ -62,8 +62,12 @@ def status(monkeypatch: pytest.MonkeyPatch, *args: str, of: typer.Typer | None =
     ("args", "expected", "last_line"),
     [
         ([], 0, "[1/1] top1 "),
-        (["--method", "broken", "--how", "nan"], 1, "[1/1] failed: layer 'fc' puts out NaN"),
-        (["--method", "nope"], 2, "error: method 'nope' is not registered; registered are noise, killed, broken"),
+        (["--method", "broken", "--how", "nan"], 1, "[1/1] failed: layer 'fc' outputs NaN"),
+        (
+            ["--method", "nope"],
+            2,
+            "error: method 'nope' is not registered; the registered ones are noise, killed, broken",
+        ),
         (["--method", "noise[x]"], 2, "error: method 'noise[x]' is neither a name"),
         (["--method", "broken", "--how", "interrupt"], 130, "interrupted; run the same command again"),
         (["--method", "broken", "--how", "full"], 2, "error: the disk is full"),
@@ -97,10 +101,10 @@ def test_the_same_command_again_skips_what_is_stored(
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["run", "nope"], "error: task 'nope' is not registered; registered are fake, gone, mute"),
+        (["run", "nope"], "error: task 'nope' is not registered; the registered ones are fake, gone, mute"),
         (["run", "gone"], "error: task 'gone' is registered as gone.x:Gone, but loading that failed: No module"),
         (["run", "mute"], "error: task 'fake' has no command"),
-        (["show", "bad.csv"], "error: bad.csv is no quantized model"),
+        (["show", "bad.csv"], "error: bad.csv is not a quantized model"),
         (["nope"], "Error: No such command 'nope'."),
         (["leaderboard", "--published", "bad.csv"], "error: bad.csv has no column 'task'"),
         (["leaderboard", "--out", "bad.csv"], "error: bad.csv cannot be written: File exists"),

@@ -41,7 +41,7 @@ def other_version(row: Mapping[str, Any]) -> str:
 
 
 def forget() -> None:
-    """Look for installed methods and tasks anew."""
+    """Look for installed methods and tasks again."""
     _method.cache_clear()
     find_task_class.cache_clear()
 

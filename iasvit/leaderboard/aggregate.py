@@ -1,4 +1,4 @@
-"""Tables from the stored rows: kinds of data, data sets and bit-widths apart."""
+"""Tables from the stored rows. Kinds of data, data sets and bit-widths have tables of their own."""
 
 from __future__ import annotations
 

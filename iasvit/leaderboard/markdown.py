@@ -1,4 +1,4 @@
-"""What a table is: methods × models in Markdown, the best marked, with the same values as data."""
+"""Tables: methods × models in Markdown, with the best marked, and the same values as data."""
 
 from __future__ import annotations
 

@@ -123,7 +123,7 @@ def _fill(readme: Path, out: Path, documents: Sequence[Document], report: Callab
     def replace(match: re.Match[str]) -> str:
         name = match["name"]
         if name not in by_name:
-            report(f"{readme} has a marker for table {name!r}, of which there are no rows; left as it is")
+            report(f"{readme} has a marker for table {name!r}, which has no rows; left as it is")
             return match[0]
         table = by_name[name].brief.replace("<!--", "&lt;!--")  # in the name of a method, say
         link = quote(Path(os.path.relpath(out / f"{name}.md", readme.parent)).as_posix())

@@ -103,7 +103,7 @@ def open_folder(folder: Path) -> Samples:
             f"it holds {examples(names) or 'no folder'}"
         )
     if unknown := sorted(names - classes.keys()):
-        logger.warning("%s: left out folders that are no ImageNet-1k class: %s", folder, examples(unknown))
+        logger.warning("%s: left out folders that are not ImageNet-1k classes: %s", folder, examples(unknown))
     samples = list_images(folder, {name: classes[name] for name in names & classes.keys()})
     if not samples:
         raise IasvitError(f"data folder {folder} has class folders, but no image in them")

@@ -88,7 +88,7 @@ class TimmModels:
         if self._checkpoint is not None:
             describe_file(self._checkpoint)
         elif self._pretrained and not tags:
-            raise IasvitError(f"timm has no pretrained weights of {name!r}; give --checkpoint FILE or --no-pretrained")
+            raise IasvitError(f"timm has no pretrained weights for {name!r}; give --checkpoint FILE or --no-pretrained")
         self._check_size(name)
 
     def _check_size(self, name: str) -> None:

@@ -58,7 +58,7 @@ def read_header(path: Path) -> Header:
     """
     try:
         if path.exists() and not path.is_file():
-            raise OSError(None, "it is no file")  # to open a pipe would wait for ever
+            raise OSError(None, "it is not a file")  # to open a pipe would wait for ever
         with Image.open(path) as image:
             return Header(image.size, _orientation(image))
     except UNREADABLE_ERRORS as error:

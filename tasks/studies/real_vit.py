@@ -167,7 +167,9 @@ def real_vit(
     else:
         source = source or SOURCE
         if not source.is_dir():
-            raise IasvitError(f"--source {source} is no folder; it holds {WEIGHTS} and {PHOTOGRAPHS}, or give --public")
+            raise IasvitError(
+                f"--source {source} is not a folder; it holds {WEIGHTS} and {PHOTOGRAPHS}, or give --public"
+            )
         record = {"weights": describe_file(source / WEIGHTS), "photographs": describe_file(source / PHOTOGRAPHS)}
     record["format"] = "BMP"  # a folder from before, of PNG files, is not this data set to the byte
     if finished(out, record):

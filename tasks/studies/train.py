@@ -257,7 +257,7 @@ def run_all(options: argparse.Namespace) -> None:
     names = list(dict.fromkeys(options.backbone))
     if options.init is not None:
         if len(names) > 1:
-            raise IasvitError(f"--init is of one backbone, but {len(names)} are asked for: {', '.join(names)}")
+            raise IasvitError(f"--init holds one backbone, but {len(names)} are asked for: {', '.join(names)}")
         zoo.load_weights(zoo.build(names[0]), options.init)  # says what is wrong before anything is rendered
     runs = [
         Run(

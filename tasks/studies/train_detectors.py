@@ -105,7 +105,7 @@ def run_all(run: Run) -> None:
         IasvitError: bad input, or a process that failed.
     """
     if run.recipe.batch_size % run.processes:
-        raise IasvitError(f"--batch-size {run.recipe.batch_size} is no multiple of --processes {run.processes}")
+        raise IasvitError(f"--batch-size {run.recipe.batch_size} is not a multiple of --processes {run.processes}")
     common.check_device(run.device)
     read_state(run)  # says what is wrong before processes start
     if run.processes == 1:

@@ -15,7 +15,7 @@ from iasvit.benchmark.results import Key, Row
 from iasvit.leaderboard.aggregate import measured_documents, table
 from iasvit.leaderboard.views import page_values, plots
 
-BROKEN = {"status": "failed", "reason": "layer 'fc' puts out NaN", "top1": None, "agreement": None}
+BROKEN = {"status": "failed", "reason": "layer 'fc' outputs NaN", "top1": None, "agreement": None}
 
 
 def grid_rows() -> list[Row]:
@@ -125,7 +125,7 @@ def test_failed_cells_say_so() -> None:
     (grid,) = grids(document.sections)
     assert grid["noise"]["deit_t"] == "failed"
     assert grid["noise"]["vit_s"].endswith("(-9.00, 1 failed)")
-    assert "noise on deit_t, seed 0, failed: layer 'fc' puts out NaN" in notes(document.sections)
+    assert "noise on deit_t, seed 0, failed: layer 'fc' outputs NaN" in notes(document.sections)
     (only,) = measured_documents([make_row(**BROKEN)])
     assert grids(only.sections)[0]["noise"] == {"vit_s": "failed"}
     assert only.frame["n"].tolist() == [0]

@@ -163,7 +163,7 @@ def test_a_file_of_something_else_is_refused_beforehand_and_a_sound_one_stays(tm
     store.check("fake", "mini")
     assert files(tmp_path) == before
     (tmp_path / "other-mini.csv").write_text("a,b\n")
-    with pytest.raises(IasvitError, match="no header of a result file"):
+    with pytest.raises(IasvitError, match="not the header of a result file"):
         store.check("other", "mini")
     with pytest.raises(IasvitError, match="File name too long"):
         store.check("other", "x" * 250)
