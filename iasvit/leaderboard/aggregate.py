@@ -148,8 +148,8 @@ def _size(rows: pd.DataFrame, split_size: int, fingerprint: str) -> str:
 def _notes(rows: pd.DataFrame, cells: pd.DataFrame, metrics: Sequence[Metric]) -> list[str]:
     """What the numbers are, the methods' settings, what failed, and what another version measured."""
     counts = sorted(set(cells["n"]) - {0})
-    seeds = f"{counts[0]} seed{'s' * (counts[0] > 1)} a cell" if len(counts) == 1 else "n seeds a cell"
-    notes = [f"Mean ± standard deviation over seeds (difference to fp32); {seeds}; {MARKS}."]
+    seeds = f"{counts[0]} seed{'s' * (counts[0] > 1)} per cell" if len(counts) == 1 else "n seeds per cell"
+    notes = [f"Mean ± standard deviation over seeds (difference from fp32); {seeds}; {MARKS}."]
     for metric in metrics:
         if metric.primary and not metric.higher_is_better:
             notes.append(f"The lower {metric.name}, the better.")
@@ -160,7 +160,7 @@ def _notes(rows: pd.DataFrame, cells: pd.DataFrame, metrics: Sequence[Metric]) -
         notes.append(escape(f"{label}: {settings.replace(';', ', ')}."))
     notes += [*_rules(rows), *_failures(rows), *_left_out(rows, metrics)]
     if cells.filter(regex="^published_").notna().any(axis=None):
-        notes.append("Published: the papers' value on the whole validation split, and ours less it.")
+        notes.append("Published: the paper's value on the whole validation split, and the difference of ours from it.")
     return notes + _other_versions(cells)
 
 
@@ -176,17 +176,17 @@ def _brief_note(rows: pd.DataFrame, cells: pd.DataFrame, primary: Sequence[Metri
 
 
 def _rules(rows: pd.DataFrame) -> list[str]:
-    """What the admission rules are found to be, and what a network that a transform changed has in full precision."""
+    """The admission rules as computed, and what a network that a transform changed scores in full precision."""
     if "admission" not in rows:
         return []
     known = rows[rows["admission"].fillna("") != ""]
     notes = []
     for rules, part in known.groupby("admission", sort=True):
-        notes.append(escape(f"Rules, computed: {', '.join(sorted(set(part['method_label'])))}: {rules}."))
+        notes.append(escape(f"Computed rules of {', '.join(sorted(set(part['method_label'])))}: {rules}."))
     changed = known[known["transformed"].fillna("") != ""] if "transformed" in known else known[:0]
     for (method, model), part in changed.groupby(["method_label", "model_label"], sort=True):
         values = ", ".join(sorted(set(part["transformed"])))
-        notes.append(escape(f"{method} on {model}: the changed network has in full precision {values}."))
+        notes.append(escape(f"{method} on {model}: in full precision the changed network has {values}."))
     return notes
 
 
@@ -235,4 +235,4 @@ def _details(cells: pd.DataFrame, size: str, metrics: Iterable[Metric], order: S
         labels = [escape(cell[name]) for name in ("method_label", "model_label", "device")]
         values = [MISSING if pd.isna(cell[n]) else f"{cell[n]:.{0 if 'bytes' in n else 1}f}" for n in _COST]
         lines.append(f"| {' | '.join([*labels, *values])} |")
-    return "\n\n".join([*parts, "Cost, mean over seeds; it compares on one device only:", "\n".join(lines)])
+    return "\n\n".join([*parts, "Cost, mean over seeds. Compare it on one device only:", "\n".join(lines)])

@@ -12,7 +12,7 @@ from iasvit.benchmark.task import Metric
 
 MADE = "<!-- made by `iasvit leaderboard` from the stored rows; do not edit -->"
 MISSING = "–"
-MARKS = "a column's best is bold, its second underlined"
+MARKS = "the best of a column is bold, the second is underlined"
 PUBLISHED = "published"  # the third kind of number, with REAL and EMBEDDED of `iasvit.benchmark.task`
 
 
@@ -157,7 +157,7 @@ def _top(cells: pd.DataFrame, metric: Metric) -> list[float]:
 
 
 def _full_precision(cells: pd.DataFrame, metric: Metric) -> str:
-    """Of one model's cells: value (published value and difference to it)."""
+    """One model's value in full precision (published value, and the difference from it)."""
     value = cells[f"fp_{metric.name}"].mean()
     if pd.isna(value):
         return MISSING
@@ -169,7 +169,7 @@ def _full_precision(cells: pd.DataFrame, metric: Metric) -> str:
 
 
 def with_published(value: float, published: float, digits: int) -> str:
-    """ "published 71.00, -1.00": the published value, and ours less it."""
+    """ "published 71.00, -1.00": the published value, and the difference of ours from it."""
     return f"published {published:.{digits}f}, {value - published:+.{digits}f}"
 
 

@@ -80,7 +80,7 @@ def published_documents(published: pd.DataFrame) -> list[Document]:
             f"- {escape(source)}: {escape(', '.join(sorted(set(part['method']))))}."
             for source, part in group.groupby("source", sort=True)
         ]
-        sections.append("\n".join([f"Value (difference to fp32); {MARKS}. Sources:", "", *sources]))
+        sections.append("\n".join([f"Value (difference from fp32); {MARKS}. Sources:", "", *sources]))
         data = group.assign(gap=(group["value"] - group["fp"]).round(4))
         data = data.sort_values(["metric", "method", "model"], kind="stable")
         name = slug(f"{task}-published-w{w_bits}a{a_bits}")

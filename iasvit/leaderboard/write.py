@@ -20,8 +20,8 @@ from iasvit.leaderboard.views import page_values, plots
 
 # What a reader of the CSV files cannot guess.
 _COLUMNS = (
-    "In the CSV files `gap_` columns are value - full precision, `gap_published_` columns value - published; "
-    "`other_version` says which other version of method or task than the present one measured a value."
+    "In the CSV files, `gap_` columns are value - full precision, and `gap_published_` columns are value - published. "
+    "`other_version` names the version of method or task that measured a value, if it is not the present one."
 )
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 

@@ -84,7 +84,7 @@ def test_a_table_has_mean_deviation_gap_best_and_notes() -> None:
         "other": "best",
     }
     found = notes(document.sections)
-    assert "3 seeds a cell" in found[0]
+    assert "3 seeds per cell" in found[0]
     assert "Standard error of top1 from the size of the split: at most 1.50." in found
     assert "```sh\npython x.py\n```" in document.sections
 
@@ -116,7 +116,7 @@ def test_different_numbers_of_seeds_are_said_cell_by_cell() -> None:
     (document,) = measured_documents([*grid_rows(), make_row(model="deit_t", top1=50.0)])
     (grid,) = grids(document.sections)
     assert [cell.rpartition(", ")[2] for cell in grid["noise"].values()] == ["n=3)", "n=1)", "n=3)"]
-    assert "n seeds a cell" in document.sections
+    assert "n seeds per cell" in document.sections
 
 
 def test_failed_cells_say_so() -> None:
@@ -154,8 +154,10 @@ def test_settings_and_weights_are_never_averaged_over() -> None:
 
 
 def test_another_version_is_said_once_for_each_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    said = {("noise", "vit_s"): "measured by version 1 of noise; the present is 2 (a|b)"}
-    said |= {("other", model): "measured by version 3 of other; the present is 4" for model in ("vit_s", "swin_t")}
+    said = {("noise", "vit_s"): "measured by version 1 of noise; the present version is 2 (a|b)"}
+    said |= {
+        ("other", model): "measured by version 3 of other; the present version is 4" for model in ("vit_s", "swin_t")
+    }
     monkeypatch.setattr(
         "iasvit.leaderboard.cells.other_version", lambda row: said.get((row["method"], row["model"]), "")
     )
@@ -165,8 +167,9 @@ def test_another_version_is_said_once_for_each_sentence(monkeypatch: pytest.Monk
     (document,) = measured_documents(rows)
     assert document.brief.endswith("; some values are of earlier versions of a method.")
     assert notes(document.sections)[-2:] == [
-        "noise on vit_s: measured by version 1 of noise; the present is 2 (a\\|b); `--stale` measures it again.",
-        "other: measured by version 3 of other; the present is 4; `--stale` measures it again.",
+        "noise on vit_s: measured by version 1 of noise; the present version is 2 (a\\|b); "
+        "`--stale` measures it again.",
+        "other: measured by version 3 of other; the present version is 4; `--stale` measures it again.",
     ]
     data = document.frame.set_index(["method", "model"])["other_version"]
     assert (data["noise", "swin_t"], data["noise", "vit_s"]) == ("", said["noise", "vit_s"])
