@@ -1,4 +1,4 @@
-"""What the tasks' commands share: options, from options to cells, what is checked before anything runs, and the run."""
+"""What the tasks' commands share: options, cells made from options, checks before anything runs, and the run."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ MAX_SEED = 2**32 - 1  # what NumPy's generators take
 
 @dataclass(frozen=True)
 class Profile:
-    """What a run does unless told otherwise.
+    """The defaults of a run.
 
     Attributes:
         models: by default.
@@ -123,7 +123,7 @@ class Profile:
     recipe: str = "paper"
 
     def options(self, spec: QuantSpec, method: str) -> dict[str, Any]:
-        """Options for a method, of which it takes those that it has, at these bits."""
+        """Options for a method at these bits; it takes those that it knows."""
         recipes = getattr(load_method_class(split_variant(method)[0]), "recipes", {})
         if self.recipe in recipes:
             own = {"recipe": self.recipe, "iterations": recipes[self.recipe].iterations}
@@ -149,7 +149,7 @@ class Profile:
 
 
 def profile_option(text: str, name: str, mini: Profile, real: Profile) -> Any:
-    """The option of a profile's attribute; its help gives the values of the embedded and of real data."""
+    """The option for an attribute of a profile. Its help gives the defaults on embedded and on real data."""
     values = [f"{getattr(profile, name):g}" for profile in (mini, real)]
     more = f", {real.iterations_6_bits} from 6 bits on" if name == "iterations" else ""
     return typer.Option(
@@ -179,7 +179,7 @@ def make_cells(
     profile: Profile,
     given: dict[str, Any],
 ) -> list[Cell]:
-    """All combinations, each with the options that its method takes: those given, else the profile's.
+    """All combinations. Each has the options that its method takes: the given ones, or else the profile's.
 
     Args:
         names: of models.
@@ -266,7 +266,7 @@ def _flag(option: str) -> str:
 
 
 def check_checkpoint(checkpoint: Path | None, names: Sequence[str]) -> None:
-    """Raise IasvitError where one file is to be the weights of several models."""
+    """Raise IasvitError if one file is given as the weights of several models."""
     if checkpoint is not None and len(names) > 1:
         raise IasvitError(
             f"--checkpoint holds one model, but {len(names)} are asked for: {', '.join(names)}; choose one of them"
@@ -274,7 +274,7 @@ def check_checkpoint(checkpoint: Path | None, names: Sequence[str]) -> None:
 
 
 def check_models(models: Models, names: Sequence[str], specs: Sequence[QuantSpec]) -> None:
-    """Find out before anything runs what would stop a model: name, weights file, module, or an override of bits.
+    """Check before anything runs what would stop a model: its name, weights file, modules, or an override of bits.
 
     Raises:
         IasvitError: with the fault.
@@ -335,7 +335,7 @@ def run(
     jobs: int | None = None,
     threads: int | None = None,
 ) -> NoReturn:
-    """Measure the cells and print their table, or print what they would cost; then leave the command.
+    """Measure the cells and print their table, or print their estimated cost. Then exit the command.
 
     Args:
         task: where models and data come from.
@@ -373,7 +373,7 @@ def run(
 
 
 def _threads() -> int:
-    """Threads of a process unless told otherwise: one's, the idle cores; of several, as many as torchrun says."""
+    """Default threads of a process: the idle cores if it is the only one, else as many as torchrun says."""
     return free_cores() if distributed.world_size() == 1 else torch.get_num_threads()
 
 

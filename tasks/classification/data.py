@@ -52,13 +52,13 @@ class Images(Protocol):
         """Do once what should not count as the first evaluation's time."""
 
     def batches(self, config: DataConfig, which: slice = ALL) -> Iterator[Batch]:
-        """The readable images of the evaluation split, in order; of its batches those that `which` takes."""
+        """The readable images of the evaluation split, in order; `which` selects among its batches."""
 
     def check_calibration(self, n: int) -> None:
         """Raise IasvitError where there are fewer than n calibration images."""
 
     def calibration(self, config: DataConfig, n: int, seed: int) -> Tensor:
-        """n×3×H×W float32 images, drawn by the seed, from other images than `batches` where the data has others."""
+        """n×3×H×W float32 images, drawn by the seed, from images that are not in `batches` if the data has such."""
 
 
 def imagenet_classes() -> dict[str, int]:

@@ -45,7 +45,7 @@ class Models(Protocol):
         """The model, eval(), on the CPU."""
 
     def config(self, name: str) -> DataConfig:
-        """What timm's `resolve_data_config` says of it."""
+        """What timm's `resolve_data_config` gives for the model."""
 
     def weights(self, name: str) -> str:
         """Which weights `load` gives it, in words that change when they do."""

@@ -286,7 +286,7 @@ class _Check:
         raise IasvitError(f"annotation file {self.path}: {owner} has the {key} {short(value)}, but {expected} expected")
 
     def say(self) -> None:
-        """Warn of what was put right, or is likely not meant."""
+        """Warn about what was corrected, or is probably a mistake."""
         of = f"annotations (of {self.total})"
         for ids, text in (
             (self.repeated, f"{of} repeat the id of another; each counts as an object of its own"),

@@ -274,6 +274,6 @@ def read_config(path: Path, classes: tuple[str, ...]) -> DetectorConfig:
 
 
 def _reason(error: Exception) -> str:
-    """The first sentence of what an error says, in one line."""
+    """The first sentence of an error's message, in one line."""
     text = str(error.args[0] if isinstance(error, KeyError) and error.args else error).strip()
     return text.splitlines()[0].partition(". ")[0] if text else type(error).__name__
