@@ -19,7 +19,7 @@ from iasvit.progress import Progress
 from iasvit.spec import QuantSpec
 
 GROUP = "iasvit.methods"
-BY_NAME = "iasvit.methods.by_name"  # methods that are run where they are named, and are not among "all methods"
+BY_NAME = "iasvit.methods.by_name"  # methods that run only by name, and not by default
 Calibration = torch.Tensor | Iterable[torch.Tensor]
 
 
