@@ -36,7 +36,7 @@ MAPS = 4  # images that a product's are searched on
 
 @dataclass
 class AdaLog:
-    """AdaLog (arXiv:2407.12951) in its calibrated mode: no gradient.
+    """AdaLog (arXiv:2407.12951), calibrated only: logarithmic quantizers with searched bases; no gradient.
 
     1. Activation quantizers choose ranges on the full-precision model's activations, post-LayerNorm ones per channel.
     2. Each LayerNorm→Linear pair is reparameterized to one scale and integer zero-point per tensor.
@@ -113,7 +113,7 @@ class AdaLog:
 
 @dataclass
 class AdaLogRetrained(BlockReconstruction):
-    """AdaLog (arXiv:2407.12951) in its retrained mode: quantizers as `adalog` sets them, then block reconstruction.
+    """AdaLog (arXiv:2407.12951), retrained: `adalog`, then block reconstruction.
 
     The rounding of weights and the scales of uniform quantizers are learnt by the squared error of the block's output,
     on inputs of the full-precision model; the bases and scales of the logarithmic ones stay as they were found.
@@ -176,7 +176,7 @@ def searched(
 
 
 def _search(segment: Segment, inputs: Any, batch_size: int, rounds: int, steps: int) -> Any:
-    """Set the segment's quantizers; what it puts out in full precision."""
+    """Set the segment's quantizers; what it outputs in full precision."""
     modules = [module for _, root in segment.modules for module in root.modules()]
     seen: dict[nn.Module, list[tuple[Tensor, ...]]] = {
         module: [] for module in modules if isinstance(module, (QuantLinear, QuantMatMul)) and segment.reconstruct

@@ -15,10 +15,10 @@ from iasvit.progress import Progress
 
 @dataclass
 class APHQViT(BlockReconstruction):
-    """APHQ-ViT (arXiv:2504.02508): as `qdrop`, with the loss of `iasvit.blockwise.PerturbationHessian`.
+    """APHQ-ViT (arXiv:2504.02508): ReLU MLPs, then `qdrop` weighted by the average perturbation Hessian.
 
-    Before, with `relu`, GELU gives way to ReLU and each MLP is reconstructed in full precision, its error weighted by
-    the same Hessian, which makes the network another function.
+    The loss is `iasvit.blockwise.PerturbationHessian`. With `relu`, ReLU first replaces GELU, and each MLP is
+    reconstructed in full precision, its error weighted by the same Hessian. The network is then another function.
 
     Options: see `BlockReconstruction`.
         relu: whether GELU is replaced.

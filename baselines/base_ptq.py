@@ -13,7 +13,8 @@ from iasvit.quantizers import Quantizer, SymmetricQuantizer
 
 @dataclass
 class BasePTQ(ScaleSearch):
-    """Base PTQ (arXiv:2111.12293, section 4.2): PTQ4ViT without its ideas. The floor of every table.
+    """Base PTQ (arXiv:2111.12293, section 4.2): PTQ4ViT without twin ranges and Hessian guidance. The floor of every
+    table.
 
     All quantizers are uniform with symmetric scales, those of post-softmax and post-GELU activations too. A layer's two
     scales are searched once each among `candidates` multiples of the max-abs scale, by the cosine distance of the

@@ -11,11 +11,11 @@ from iasvit.options import Range
 
 @dataclass
 class BRECQ(BlockReconstruction):
-    """BRECQ (arXiv:2102.05426) with every layer at the spec's bits, as it is compared with on vision transformers.
+    """BRECQ (arXiv:2102.05426): block reconstruction weighted by the squared task gradient.
 
-    As `qdrop` without the drops, and with a loss weighted by the squared task gradient, image by image; see
-    `iasvit.blockwise.Fisher`. (The original learns activation scales after the rounding, and leaves the first and last
-    layer at 8 bits.)
+    As `qdrop`, without the drops and with the loss of `iasvit.blockwise.Fisher`, image by image. Every layer has the
+    spec's bits, as in comparisons on vision transformers. (The original learns activation scales after the rounding,
+    and leaves the first and last layer at 8 bits.)
 
     Options: see `BlockReconstruction`.
     """

@@ -12,7 +12,7 @@ from iasvit.quantizers import SOFTMAX_QUANTIZERS
 
 @dataclass
 class ERQ(ClosedForm):
-    """ERQ (doi 10.1109/TPAMI.2025.3528042) by this suite's common rule: one integer grid a row; no gradient.
+    """ERQ (doi 10.1109/TPAMI.2025.3528042) by the common rule, one integer grid per row; no gradient.
 
     Activations are quantized and post-LayerNorm ones reparameterized first (`ClosedForm`). Then for each layer, on its
     full-precision inputs and what its own quantizer makes of them:

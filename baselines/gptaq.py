@@ -11,7 +11,7 @@ from iasvit.options import Range
 
 @dataclass
 class GPTAQ(ColumnByColumn):
-    """GPTAQ (arXiv:2504.02692) under this suite's static activation quantizers; no gradient.
+    """GPTAQ (arXiv:2504.02692), with this suite's static activation quantizers; no gradient.
 
     As GPTQ, and the columns left also make up for the difference of the input from the full-precision network's.
 

@@ -10,7 +10,7 @@ from iasvit.closed_form import ColumnByColumn
 
 @dataclass
 class GPTQ(ColumnByColumn):
-    """GPTQ (arXiv:2210.17323) under this suite's static activation quantizers; no gradient.
+    """GPTQ (arXiv:2210.17323), with this suite's static activation quantizers; no gradient.
 
     Activations are quantized and post-LayerNorm ones reparameterized first (`ClosedForm`); then each weight, in forward
     order, is rounded column by column against the second moments of its quantized inputs (`gptq`).

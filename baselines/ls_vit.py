@@ -10,7 +10,7 @@ from iasvit.blockwise import BlockReconstruction, LeastSquaresHessian, Loss
 
 @dataclass
 class LSViT(BlockReconstruction):
-    """LS-ViT (CVPR 2026): as `qdrop`, with the loss of `iasvit.blockwise.LeastSquaresHessian`.
+    """LS-ViT (CVPR 2026): `qdrop` weighted by a Hessian fitted by least squares.
 
     Options: see `BlockReconstruction`.
     """

@@ -15,7 +15,8 @@ from iasvit.quantizers import Quantizer, SymmetricQuantizer, TwinGELUQuantizer, 
 
 @dataclass
 class PTQ4ViT(ScaleSearch):
-    """PTQ4ViT (arXiv:2111.12293). Scales are symmetric; nothing is trained.
+    """PTQ4ViT (arXiv:2111.12293): twin uniform ranges, and scales searched by the layer's output. Scales are symmetric;
+    nothing is trained.
 
     - Post-softmax and post-GELU activations have twin uniform quantizers: two ranges, a step for each, a shift apart.
     - All scales are searched, in the order of algorithm 1: a layer's two operands in turn, among `candidates` multiples

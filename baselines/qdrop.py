@@ -10,12 +10,12 @@ from iasvit.blockwise import BlockReconstruction
 
 @dataclass
 class QDrop(BlockReconstruction):
-    """QDrop (arXiv:2203.05740) with every layer at the spec's bits, as it is compared with on vision transformers.
+    """QDrop (arXiv:2203.05740): block reconstruction in which elements stay in full precision at random.
 
-    Rounding and activation scales are learnt together by the squared error of the block's output. While they are, each
-    element of an activation is quantized, and each of the block's input comes from the quantized prefix, with
-    probability 1/2. A classifier's answers are compared by their divergence. (The original leaves the first and last
-    layer at 8 bits.)
+    Rounding and activation scales are learnt together by the squared error of the block's output. Meanwhile each
+    element of an activation is quantized with probability 1/2, and each element of the block's input comes from the
+    quantized prefix with probability 1/2. Every layer has the spec's bits, as in comparisons on vision transformers. A
+    classifier's answers are compared by their divergence. (The original leaves the first and last layer at 8 bits.)
 
     Options: see `BlockReconstruction`.
     """

@@ -29,7 +29,9 @@ from iasvit.spec import QuantSpec
 
 @dataclass
 class RepQViT:
-    """RepQ-ViT (arXiv:2212.08254). No gradient, no search beyond each quantizer's own range.
+    """RepQ-ViT (arXiv:2212.08254): scales per channel after LayerNorm, folded per tensor; log-sqrt2 after softmax.
+
+    No gradient, no search beyond each quantizer's own range.
 
     1. Quantize the weights, one scale and zero-point per output channel.
     2. Calibrate the activation quantizers in the order of the forward, in one pass over `init_size` images, each on

@@ -1,4 +1,5 @@
-"""Admission rules: what a quantized model keeps to, computed from the model and not from what its method says."""
+"""Admission rules: which of them a quantized model keeps, computed from the model and not from what its method
+claims."""
 
 from __future__ import annotations
 
@@ -43,7 +44,8 @@ class Admission:
 
     @property
     def violations(self) -> list[str]:
-        """What breaks the common rule, each in a few words; a changed network is another matter and says so itself."""
+        """What breaks the common rule, each in a few words. A changed network is not among them; the row says so
+        itself."""
         found = []
         if self.codes > 2**self.n_bits:
             found.append(f"{self.codes} values at {self.n_bits} bits")
@@ -75,7 +77,7 @@ class Admission:
 
 @torch.no_grad()
 def admission(model: nn.Module) -> Admission:
-    """The rules that a quantized model keeps: each quantizer is asked what it makes of a range of values."""
+    """Compute the rules that a quantized model keeps, by asking each quantizer for its output on a range of values."""
     layers = quant_layers(model)
     activations = list(quantizers_of(model, weights=False))
     on = {quantizer: _probes(name, quantizer) for name, quantizer in activations if _works(quantizer)}
@@ -144,7 +146,7 @@ def _whole(quantizer: Quantizer) -> bool:
 
 
 def _static(quantizer: Quantizer, probes: Tensor) -> bool:
-    """Whether values become the same when others of ten times their size stand beside them."""
+    """Whether values give the same output when values ten times as large are in the same tensor."""
     return torch.equal(quantizer(torch.cat([probes, 10 * probes]))[: len(probes)], quantizer(probes))
 
 

@@ -45,14 +45,14 @@ def quantize(
     progress: Progress | None = None,
     **options: Any,
 ) -> nn.Module:
-    """A quantized copy of a model, called as the model is; the model given is left untouched.
+    """Return a quantized copy of a model, which is called like the model. The given model is left untouched.
 
-    Before any work is done, one image says whether the parts that are quantized compute what the model computes: a
-    model with a forward of its own, or with a hook in the midst of it, is refused unless they do. Hooks of the model as
-    a whole are supported. Shared parameters, pruning masks and parametrizations become ordinary values in the copy.
+    Before any work, one image shows whether the quantizable parts compute what the model computes. If they do not, as
+    with a forward of its own or a hook inside, the model is refused. Hooks of the whole model are supported. Shared
+    parameters, pruning masks and parametrizations become ordinary values in the copy.
 
-    Where a group of torch.distributed is initialised, all its processes call this with the same arguments, each with
-    the model on its own device. They share the work, and get the same quantized model.
+    If a group of torch.distributed is initialised, all its processes must make this call with the same arguments, each
+    with the model on its own device. They share the work and get the same quantized model.
 
     Args:
         model: a timm ViT, DeiT or Swin, on any device; out of DataParallel and torch.compile it is taken.

@@ -85,8 +85,8 @@ def packed_bytes(model: nn.Module) -> int:
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write a quantized model to one safetensors file: codes packed to their bits, the rest in float32.
 
-    Before it is renamed into place the file is read again, and the model that comes of it must answer a random image as
-    `model` does, to the bit: an architecture that the adapter's description misses is found here and not later.
+    Before the file is renamed into place it is read again. The loaded model must give the same output as `model` for a
+    random image, bit for bit. This finds an architecture that the adapter does not describe.
 
     Args:
         model: what `iasvit.quantize` returned.
@@ -129,7 +129,8 @@ def _check_saved(model: nn.Module, path: Path, architecture: dict[str, Any]) -> 
 
 
 def load(path: str | os.PathLike[str]) -> nn.Module:
-    """Read what `save` wrote: a model, in eval mode on the CPU, whose outputs equal the saved one's to the bit.
+    """Read what `save` wrote. The model is in eval mode on the CPU, and its outputs equal the saved model's bit for
+    bit.
 
     Raises:
         IasvitError: no such file, not a file of `save`, or one whose tensors do not fit (the message says which).
@@ -142,7 +143,7 @@ def load(path: str | os.PathLike[str]) -> nn.Module:
         raise IasvitError(f"{path} does not exist; give a file that iasvit.save wrote") from error
     except (SafetensorError, OSError, KeyError, ValueError, RecursionError) as error:
         why = f" ({reason(error)})" if isinstance(error, DamagedError) else ""
-        raise IasvitError(f"{path} is no quantized model{why}; give a file that iasvit.save wrote") from error
+        raise IasvitError(f"{path} is not a quantized model{why}; give a file that iasvit.save wrote") from error
     try:
         if header["format"] != FORMAT:
             raise IasvitError(
@@ -240,7 +241,9 @@ def _quantizer(classes: dict[str, type[Quantizer]], configs: dict[str, Any], nam
     config = configs.get(name)
     if config is None or config["kind"] not in classes:
         kind = "none" if config is None else repr(config["kind"])
-        raise IasvitError(f"{path} has for {name!r} a quantizer of kind {kind}; known are {', '.join(sorted(classes))}")
+        raise IasvitError(
+            f"{path} has for {name!r} a quantizer of kind {kind}; the known kinds are {', '.join(sorted(classes))}"
+        )
     quantizer = classes[config["kind"]](config["n_bits"])
     known = quantizer.config()
     for key, value in config.items():

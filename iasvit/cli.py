@@ -38,8 +38,8 @@ def main(app: typer.Typer | None = None) -> NoReturn:
     """Run an app, the `iasvit` command by default, and exit.
 
     Status 0, or what the app chose (1: a cell failed); 2 with one sentence and no traceback for bad input and a full
-    disk; 130 for Ctrl-C, 143 for SIGTERM, both with what a command cleans up. Of the processes that torchrun starts one
-    says why, and all end.
+    disk; 130 for Ctrl-C, 143 for SIGTERM, both with what a command cleans up. If torchrun started several processes,
+    one prints the reason and all end.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
@@ -63,7 +63,7 @@ def main(app: typer.Typer | None = None) -> NoReturn:
         if status.code == INTERRUPTED:  # typer's answer to Ctrl-C
             _interrupted()
         if status.code == TERMINATED:
-            _exit("terminated; the same command again goes on where this one stopped", TERMINATED)
+            _exit("terminated; run the same command again to continue where it stopped", TERMINATED)
         raise
     finally:
         for number, handler in before.items() if not _several() else ():  # torchrun terminates what is ending anyway
@@ -72,7 +72,7 @@ def main(app: typer.Typer | None = None) -> NoReturn:
 
 
 def _processes() -> AbstractContextManager[None]:
-    """The group of the processes that torchrun has started; nothing where it has started one, or none."""
+    """The group of the processes that torchrun started; nothing if it started one or none."""
     if not _several():
         return nullcontext()
     with interruptible():
@@ -105,7 +105,7 @@ def _handle_signals() -> dict[int, Any]:
 
 
 def _interrupted() -> NoReturn:
-    _exit("interrupted; the same command again goes on where this one stopped", INTERRUPTED)
+    _exit("interrupted; run the same command again to continue where it stopped", INTERRUPTED)
 
 
 def _exit(message: str, status: int) -> NoReturn:
@@ -142,7 +142,7 @@ def _run_task() -> None:
 
 @_app.command("list")
 def _list(
-    what: Annotated[str, typer.Argument(help='"methods" for what each method is.', show_default=False)] = "",
+    what: Annotated[str, typer.Argument(help='"methods" describes each method.', show_default=False)] = "",
 ) -> None:
     """Print the registered methods and tasks, and where each comes from."""
     if what not in ("", "methods"):
@@ -152,14 +152,16 @@ def _list(
 
         print("\n\n".join(map(str, descriptions())))
         return
-    for group, heading in (("iasvit.methods", "methods"), (BY_NAME, "methods, run where named"), (TASKS, "tasks")):
+    for group, heading in (("iasvit.methods", "methods"), (BY_NAME, "methods that run only by name"), (TASKS, "tasks")):
         print(f"{heading}:")
         for entry in sorted(entry_points(group=group), key=lambda entry: entry.name):
             print(f"  {entry.name:<20} {entry.value}")
 
 
 @_app.command("show")
-def _show(file: Annotated[Path, typer.Argument(help="Of iasvit.save, run --save or iasvit export.")]) -> None:
+def _show(
+    file: Annotated[Path, typer.Argument(help="A file that iasvit.save, run --save or iasvit export wrote.")],
+) -> None:
     """Print how a saved or exported model was made, its sizes, and the bits of each layer."""
     if file.suffix == ".onnx":
         from iasvit.export.show import summary
@@ -171,16 +173,18 @@ def _show(file: Annotated[Path, typer.Argument(help="Of iasvit.save, run --save 
 
 @_app.command("export")
 def _export(
-    file: Annotated[Path, typer.Argument(help="Of iasvit.save, or of run --save.")],
+    file: Annotated[Path, typer.Argument(help="A file that iasvit.save or run --save wrote.")],
     out: Annotated[Path, typer.Argument(help="The ONNX file to write.")],
     target: Annotated[
-        str, typer.Option(help="onnxruntime, onnx (standard operators alone) or openvino.")
+        str, typer.Option(help="onnxruntime, onnx (standard operators only) or openvino.")
     ] = "onnxruntime",
     opset: Annotated[int, typer.Option(help="Version of ONNX's operators.")] = 20,
-    vnni: Annotated[bool, typer.Option("--vnni", help="For CPUs with VNNI alone: W8A8 is faster there.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace OUT if it is there.")] = False,
+    vnni: Annotated[
+        bool, typer.Option("--vnni", help="Make W8A8 faster on CPUs with VNNI. Other CPUs may then give wrong results.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
 ) -> None:
-    """Write a saved model as an ONNX graph that runtimes execute on integers."""
+    """Write a saved model as an ONNX graph that runs on integers."""
     from iasvit.artifact import load
     from iasvit.export import export_onnx
 
@@ -193,36 +197,36 @@ def _export(
 @_app.command("sweep")
 def _sweep(
     suite: Annotated[
-        str | None, typer.Argument(help="A TOML file, or the name of a suite that --list prints.", show_default=False)
+        str | None, typer.Argument(help="A TOML file, or a name that --list prints.", show_default=False)
     ] = None,
-    engine: Annotated[str, typer.Option(help="local, or ray (extra cluster).")] = "local",
+    engine: Annotated[str, typer.Option(help="local, or ray (needs the extra cluster).")] = "local",
     address: Annotated[
         str | None,
-        typer.Option(help="HOST:PORT of a Ray cluster, or auto. [default: $RAY_ADDRESS, else one is started here]"),
+        typer.Option(help="HOST:PORT of a Ray cluster, or auto. [default: $RAY_ADDRESS, else a cluster started here]"),
     ] = None,
     results: Annotated[Path, typer.Option(help="Folder for the rows.")] = Path("results/runs"),
-    cpu: Annotated[float | None, typer.Option(help="Cores of a cell. [default: as the suite says]")] = None,
+    cpu: Annotated[float | None, typer.Option(help="Cores per cell. [default: from the suite]")] = None,
     gpu: Annotated[
-        float | None, typer.Option(help="GPUs of a cell, a fraction to share one. [default: as the suite says]")
+        float | None, typer.Option(help="GPUs per cell; a fraction shares one. [default: from the suite]")
     ] = None,
-    memory: Annotated[float | None, typer.Option(help="GiB of memory of a cell. [default: as the suite says]")] = None,
-    retries: Annotated[int, typer.Option(min=0, help="Further attempts at a cell that fails.")] = 2,
+    memory: Annotated[float | None, typer.Option(help="Memory per cell in GiB. [default: from the suite]")] = None,
+    retries: Annotated[int, typer.Option(min=0, help="How often a cell that fails is tried again.")] = 2,
     checkpoints: Annotated[
         Path | None,
         typer.Option(
-            help="Folder, with ray one that all machines share, for what an interrupted cell resumes from. "
-            "[default: .iasvit/checkpoints, with ray none]",
+            help="Folder for checkpoints, from which interrupted cells continue; with ray all machines must share it. "
+            "[default: .iasvit/checkpoints; none with ray]",
             show_default=False,
         ),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the cells and their estimated cost.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Measure also cells that are stored.")] = False,
-    stale: Annotated[
-        bool, typer.Option("--stale", help="Measure also cells that are stored of another version.")
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the cells and their estimated cost, and run nothing.")
     ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Also measure cells that are stored.")] = False,
+    stale: Annotated[bool, typer.Option("--stale", help="Also measure cells that another version stored.")] = False,
     list_suites: Annotated[bool, typer.Option("--list", help="Print the suites that come with the package.")] = False,
 ) -> None:
-    """Run a suite, whole grids of cells, on this machine or on a Ray cluster; what is stored already is skipped."""
+    """Run a suite, whole grids of cells, on this machine or on a Ray cluster. Stored cells are skipped."""
     if _several():
         raise IasvitError("iasvit sweep starts processes itself; start it without torchrun")
     from iasvit.sweep import command
@@ -249,21 +253,21 @@ def _sweep(
 
 @_app.command("leaderboard")
 def _leaderboard(
-    runs: Annotated[Path, typer.Option(help="Folder of measured rows, read with all folders in it.")] = Path(
+    runs: Annotated[Path, typer.Option(help="Folder with measured rows; subfolders are read too.")] = Path(
         "results/runs"
     ),
-    published: Annotated[Path, typer.Option(help="Published values.")] = Path("results/published.csv"),
+    published: Annotated[Path, typer.Option(help="CSV file with published values.")] = Path("results/published.csv"),
     out: Annotated[Path, typer.Option(help="Folder for the tables.")] = Path("results"),
     readme: Annotated[
-        Path | None, typer.Option(help="File with <!-- table:NAME --> markers; README.md if there is one.")
+        Path | None, typer.Option(help="File with <!-- table:NAME --> markers. [default: README.md, if it exists]")
     ] = None,
 ) -> None:
-    """Write the tables under results/ from the measured and the published values."""
+    """Write the tables under results/, and README's, from the measured and the published values."""
     from iasvit.benchmark.results import warn
     from iasvit.leaderboard import write_leaderboard
 
     if not runs.is_dir():
-        warn(f"{runs} is no folder, so that nothing measured is shown")
+        warn(f"{runs} is not a folder, so no measured values are shown")
     if readme is None and Path("README.md").is_file():
         readme = Path("README.md")
     for path in write_leaderboard(runs, published, out, readme):
@@ -292,7 +296,7 @@ def _evaluate(context: typer.Context) -> None:
 
 @_app.command("inspect", context_settings=_HANDED_ON)
 def _inspect(context: typer.Context) -> None:
-    """What each layer's quantizers are given, and what they make of it: iasvit inspect --help."""
+    """Print each layer's ranges, quantizer and error: iasvit inspect --help."""
     _hand_on(context)
 
 

@@ -1,4 +1,4 @@
-"""Several processes of one torch.distributed group, a device each: who does what, and what they give each other.
+"""Several processes of one torch.distributed group, each with a device: who does what, and what they exchange.
 
 All of them call the same functions in the same order. Where there is one process, or no group, each function here is
 the plain computation.
@@ -36,7 +36,7 @@ def processes_here() -> int:
 
 
 def own() -> slice:
-    """What of a sequence that the processes share is this one's: every world_size-th entry."""
+    """This process's part of a sequence that the processes share: every world_size-th entry."""
     return slice(rank(), None, world_size())
 
 

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written beside, and renamed."""
+"""Files that are complete or absent: they are written beside their place and renamed."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from iasvit.errors import StorageError, reason
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A path beside `path` to write to; the file is on the disk and renamed to `path` when the block ends.
+    """Give a path beside `path` to write to. When the block ends, the file is on the disk and renamed to `path`.
 
-    Where the block raises, what it wrote is removed and the file at `path`, if any, stays as it was. The new file has
-    the mode that the umask gives. A link is never replaced: the file that it points to is. The rename is on the disk
-    too, so that a crash afterwards does not bring the old file back.
+    If the block raises, what it wrote is removed, and the file at `path`, if any, stays as it was. The new file has the
+    mode that the umask gives. A link is never replaced: the file that it points to is. The rename is on the disk too,
+    so that a crash afterwards does not bring the old file back.
 
     Raises:
         OSError: the file cannot be written, or `path` is a folder, a device, a pipe or a socket.

@@ -1,4 +1,5 @@
-"""What quantization does to each layer: errors against full precision, ranges, channel spread and attention's tail."""
+"""The effect of quantization on each layer: errors against full precision, ranges, channel spread and attention's
+tail."""
 
 from __future__ import annotations
 

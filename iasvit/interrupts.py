@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM while modules are imported: an end with one line, since nothing has begun.
+"""Ctrl-C and SIGTERM while modules are imported: the process ends with one line, since nothing has begun.
 
 Imported before anything that takes long, so that it imports next to nothing itself.
 """

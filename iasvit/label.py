@@ -1,4 +1,4 @@
-"""What a quantized model says of how it was made, kept with its state dict and compared when one is loaded."""
+"""A label that says how a quantized model was made. It is kept in the state dict and compared when one is loaded."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def _read(
     mine = f"{quantization.method} at {quantization.spec}"
     if made is not None and (made["method"], made["spec"]) != (quantization.method, quantization.spec):
         raise IasvitError(
-            f"the state given is of a model quantized by {made['method']} at {made['spec']}, but is loaded into one by "
-            f"{mine}; load it into a model that was made alike"
+            f"the given state comes from a model quantized by {made['method']} at {made['spec']}, but is loaded into "
+            f"one by {mine}; load it into a model that was made in the same way"
         )
     quantizers = [(name, module) for name, module in model.named_modules() if isinstance(module, Quantizer)]
     if strict and not any(f"{prefix}{name}._extra_state" in state for name, _ in quantizers):
@@ -60,7 +60,8 @@ def _read(
         if theirs != own:
             raise IasvitError(
                 f"the state given has at {name!r} a quantizer {theirs['kind']!r} of {theirs['n_bits']} bits, but the "
-                f"model by {mine} has {own['kind']!r} of {own['n_bits']}; load it into a model that was made alike"
+                f"model by {mine} has {own['kind']!r} of {own['n_bits']}; load it into a model that was made in the "
+                "same way"
             )
     if made is not None:
         model.quantization = replace(quantization, options=made["options"])

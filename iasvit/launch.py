@@ -1,4 +1,4 @@
-"""The processes that torchrun starts: they join a group, the first alone prints, and where one fails all end."""
+"""The processes that torchrun starts: they join a group, only the first prints, and all end if one fails."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from iasvit.progress import Progress
 from iasvit.spec import QuantSpec
 
 GROUP = "iasvit.methods"
-BY_NAME = "iasvit.methods.by_name"  # methods that are run where they are named, and are not among "all methods"
+BY_NAME = "iasvit.methods.by_name"  # methods that run only by name, and not by default
 Calibration = torch.Tensor | Iterable[torch.Tensor]
 
 
@@ -32,14 +32,14 @@ class Method(Protocol):
         [project.entry-points."iasvit.methods"]
         my_method = "my_package.my_module:MyMethod"
 
-    A class may also have `version: ClassVar[int]`, raised whenever its numbers change (1 without it), and
-    `changelog: ClassVar[dict[int, str]]`, version → what changed them. Rows say which version measured them. A method
-    that does not read all calibration images says so in `images_used(self, calib_size: int) -> int`; see there. What it
-    takes, as so many forward passes of one image in full precision, `forwards(self, calib_size: int) -> float` says,
-    roughly; `--dry-run` and the time left rest on it.
+    A class may also have `version: ClassVar[int]`, raised whenever its numbers change (1 without it), and `changelog:
+    ClassVar[dict[int, str]]`, version → what changed them. Rows say which version measured them. A method that does not
+    read all calibration images says so in `images_used(self, calib_size: int) -> int`; see there. `forwards(self,
+    calib_size: int) -> float` says roughly how long it takes, counted in forward passes of one image in full precision;
+    `--dry-run` and the time left rest on it.
 
-    What it is says `describe(self) -> Description`, for `iasvit list methods` and the tables; a method without one is
-    described by its class.
+    `describe(self) -> Description` says what the method is, for `iasvit list methods`. A method without it is described
+    by its class.
 
     An option's value must be of its field's type, and in the range that stands beside it: `Annotated[int, Range(1)]`
     of `iasvit.options`.
@@ -113,7 +113,7 @@ def _entries() -> dict[str, EntryPoint]:
 
 
 def list_methods(*, by_name: bool = False) -> list[str]:
-    """Names of the methods that run where none is named, sorted.
+    """Names of the methods that run by default, sorted.
 
     Args:
         by_name: list those of the group BY_NAME too, which take long or need packages of their own.
@@ -167,7 +167,7 @@ def load_method_class(name: str) -> type[Method]:
     """
     entries = _entries()
     if name not in entries:
-        raise IasvitError(f"method {shown(name)} is not registered; registered are {', '.join(entries)}")
+        raise IasvitError(f"method {shown(name)} is not registered; the registered ones are {', '.join(entries)}")
     return load(entries[name], f"method {name!r}")
 
 
@@ -229,6 +229,6 @@ def get_method(name: str, **options: Any) -> Method:
 
 
 def images_used(method: Method, calib_size: int) -> int:
-    """Of so many calibration images how many a method reads: all, unless its own `images_used` says otherwise."""
+    """How many of `calib_size` calibration images a method reads: all, unless its own `images_used` says otherwise."""
     count: Callable[[int], int] | None = getattr(method, "images_used", None)
     return calib_size if count is None else count(calib_size)

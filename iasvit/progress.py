@@ -146,7 +146,7 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]] | None:
     try:
         return read_tensors(path)
     except (SafetensorError, OSError, DamagedError) as error:
-        logger.warning("the checkpoint %s is damaged (%s); the work begins again", path, reason(error))
+        logger.warning("the checkpoint %s is damaged (%s); the work starts again", path, reason(error))
         return None
 
 

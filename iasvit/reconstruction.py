@@ -122,7 +122,7 @@ def _load(state: dict[str, Tensor], quantized: nn.Module, progress: Progress) ->
         fits = False
     if not fits:
         raise IasvitError(
-            f"the checkpoint in {progress.checkpoint} is of another model or other bits; give another folder"
+            f"the checkpoint in {progress.checkpoint} belongs to another model or other bits; give another folder"
         )
 
 

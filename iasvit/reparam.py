@@ -14,7 +14,7 @@ from iasvit.quantizers import UniformQuantizer
 def reparameterize(pair: NormLinearPair) -> None:
     """Fold the per-channel scales s and zero-points z of a LayerNorm's output into the LayerNorm and its Linears.
 
-    With s̃ = mean(s), z̃ = round(mean(z)), r = s / s̃ and d = s ⊙ (z - z̃) the LayerNorm puts out (x + d) / r:
+    With s̃ = mean(s), z̃ = round(mean(z)), r = s / s̃ and d = s ⊙ (z - z̃) the LayerNorm outputs (x + d) / r:
 
         γ' = γ / r,  β' = (β + d) / r,  W' = W·diag(r),  c' = c - W·d,
 

@@ -49,7 +49,8 @@ RECIPES = {"paper": Recipe((1000, 200), 4e-5), "fast": Recipe((200, 40), 4e-4)}
 
 @dataclass
 class IASViT:
-    """I&S-ViT (arXiv:2311.10126): SULQ + SOS.
+    """I&S-ViT (arXiv:2311.10126): the quantizer SULQ after softmax, and block reconstruction in three smooth stages
+    (SOS).
 
     Initialisation: one forward pass of the quantized model on the first `init_size` images. Activations are quantized,
     weights are in full precision, nothing is learnt yet; so each activation quantizer chooses its range on what the

@@ -58,7 +58,7 @@ class QuantSpec:
             glob, equals, bits = part.partition("=")
             if not equals or not glob.strip() or not glob.isprintable():
                 raise IasvitError(
-                    f"override {shown(part)} is not of the form <layer glob>=W<bits>A<bits>, as head=W8A8"
+                    f"override {shown(part)} is not of the form <layer glob>=W<bits>A<bits>, such as head=W8A8"
                 )
             overrides.append((glob.strip(), *_parse_bits(bits, override=True)))
         return cls(w_bits, a_bits, tuple(overrides))

@@ -1,4 +1,4 @@
-"""What is in the file of a saved model, as text."""
+"""The contents of a saved model's file, as text."""
 
 from __future__ import annotations
 

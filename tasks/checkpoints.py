@@ -35,7 +35,7 @@ def describe_file(path: Path) -> str:
         IasvitError: it cannot be read.
     """
     if path.exists() and not path.is_file():
-        raise IasvitError(f"checkpoint {path} cannot be read: it is no file")
+        raise IasvitError(f"checkpoint {path} cannot be read: it is not a file")
     try:
         digest = hashlib.sha256()
         with path.open("rb") as file:
@@ -88,7 +88,7 @@ def _find(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     if found := _search(content, ()):
         return found
     raise IasvitError(
-        f"checkpoint {path} holds no dictionary of tensors alone, neither at its top nor under a key such as "
+        f"checkpoint {path} holds no dictionary that has tensors only, neither at its top nor under a key such as "
         f"'state_dict', 'model' or 'model_ema'; {_content(content)}"
     )
 
@@ -115,14 +115,14 @@ def _load(path: Path) -> Any:
     if head.startswith(b"version https://git-lfs"):
         raise IasvitError(f"checkpoint {path} is a Git LFS pointer and not the file; git lfs pull fetches that")
     if head.lstrip().lower().startswith((b"<!doctype html", b"<html")):
-        raise IasvitError(f"checkpoint {path} is a web page and no weights; was it downloaded from the right address?")
+        raise IasvitError(f"checkpoint {path} is a web page, not weights; was it downloaded from the right address?")
     header = int.from_bytes(head[:8], "little")
     named = path.suffix.lower() == ".safetensors" and not head.startswith(b"PK")
     if named or (head[8:9] == b"{" and header <= path.stat().st_size):
         try:
             return load_file(path)
         except Exception as error:  # damaged bytes raise whatever their reader stumbles over
-            raise IasvitError(f"checkpoint {path} is no whole safetensors file ({reason(error)[:200]})") from None
+            raise IasvitError(f"checkpoint {path} is not a complete safetensors file ({reason(error)[:200]})") from None
     return load_tensors(path)
 
 

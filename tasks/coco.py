@@ -191,32 +191,33 @@ def coco(
     detector: Annotated[
         list[str] | None,
         typer.Option(
-            help="Repeatable. mask_rcnn, cascade_mask_rcnn, or with --data coco the name of a Swin Mask R-CNN of "
-            "mmdet's. [default: both]",
+            help="Repeatable. mask_rcnn, cascade_mask_rcnn, or with --data coco mmdet's name of a Swin Mask R-CNN. "
+            "[default: both]",
             show_default=False,
         ),
     ] = None,
     bits: command.Bits = ["W4A4"],  # noqa: B006
     method: command.Methods = None,
-    scope: Annotated[Scope, typer.Option(help="What is quantized.")] = Scope.detector,
-    data: Annotated[Data, typer.Option(help="mini is embedded.")] = Data.mini,
+    scope: Annotated[Scope, typer.Option(help="Quantize the whole detector, or its backbone only.")] = Scope.detector,
+    data: Annotated[Data, typer.Option(help="mini is embedded; coco is COCO 2017.")] = Data.mini,
     data_root: Annotated[
         Path | None,
         typer.Option(
-            help=f"Folder that holds COCO's annotations/, val2017/ and train2017/ [default: ${DATA_ROOT}].",
+            help=f"Folder with COCO's annotations/, val2017/ and train2017/. [default: ${DATA_ROOT}]",
             show_default=False,
         ),
     ] = None,
     config: Annotated[
-        Path | None, typer.Option(help="An mmdet configuration with a Swin backbone, instead of the known detectors.")
+        Path | None,
+        typer.Option(help="An mmdet configuration with a Swin backbone, in place of --detector and --backbone."),
     ] = None,
     checkpoint: command.Checkpoint = None,
     pretrained: command.Pretrained = True,
-    calib_size: Annotated[int | None, number("Calibration images.", "calib_size")] = None,
-    init_size: Annotated[int | None, number("Of them, those that quantizers are initialised on.", "init_size")] = None,
-    iterations: Annotated[int | None, number("Steps a block and stage.", "iterations")] = None,
+    calib_size: Annotated[int | None, number("Number of calibration images.", "calib_size")] = None,
+    init_size: Annotated[int | None, number("Number of them that initialise the quantizers.", "init_size")] = None,
+    iterations: Annotated[int | None, number("Learning steps per block and stage.", "iterations")] = None,
     recipe: command.Recipe = "paper",
-    batch_size: Annotated[int | None, number("Images a step.", "batch_size")] = None,
+    batch_size: Annotated[int | None, number("Images per learning step.", "batch_size")] = None,
     lr: Annotated[float | None, number("Learning rate.", "lr")] = None,
     memory_budget: command.MemoryBudget = None,
     options: command.MethodOptions = None,
@@ -232,9 +233,10 @@ def coco(
     threads: command.Threads = None,
     results: command.Results = command.RESULTS,
 ) -> None:
-    """Quantize and evaluate detectors: every detector on every backbone at all bits by every method with all seeds.
+    """Quantize and evaluate detectors: all detectors, backbones, bits, methods and seeds combined.
 
-    Rows go to a CSV file as cells are done; a cell that is stored already is skipped, an interrupted one goes on.
+    Each combination is a cell. Its row goes to a CSV file when it is done. Stored cells are skipped, and an interrupted
+    run continues where it stopped.
     """
     command.print_logs()
     task, cells = CocoTask.grid(

@@ -1,4 +1,4 @@
-"""What the tasks' commands share: options, from options to cells, what is checked before anything runs, and the run."""
+"""What the tasks' commands share: options, cells made from options, checks before anything runs, and the run."""
 
 from __future__ import annotations
 
@@ -33,55 +33,63 @@ T = TypeVar("T")
 
 # ---- options ---------------------------------------------------------------------------------------------------------
 
-Bits = Annotated[list[str], typer.Option(help='Repeatable; "W4A8", also with a layer\'s own bits, "W4A4,head=W8A8".')]
+Bits = Annotated[
+    list[str], typer.Option(help='Repeatable. "W4A8"; single layers may have other bits: "W4A4,head=W8A8".')
+]
 Methods = Annotated[
     list[str] | None,
-    typer.Option(help="Repeatable; also a variant as ias_vit[-sulq]. [default: all]", show_default=False),
+    typer.Option(
+        help="Repeatable. A name, or a variant such as ias_vit[-sulq]. [default: those that iasvit list prints first]",
+        show_default=False,
+    ),
 ]
 Checkpoint = Annotated[
-    Path | None, typer.Option(help="Weights of the one model: safetensors, or torch.save's of tensors.")
+    Path | None, typer.Option(help="Weights of the model: a safetensors file, or a torch.save file of tensors.")
 ]
-Pretrained = Annotated[bool, typer.Option(help="Trained weights, or random ones of a fixed seed.")]
+Pretrained = Annotated[bool, typer.Option(help="Use trained weights, or random ones from a fixed seed.")]
 Recipe = Annotated[
-    str, typer.Option(help='"paper", or "fast": a fifth of the steps at a higher learning rate, where not given.')
+    str, typer.Option(help='"paper", or "fast": fewer steps at a higher learning rate, unless these are given.')
 ]
 MemoryBudget = Annotated[
     str | None,
-    typer.Option(help='Bytes that quantization may allocate, as "8GiB"; results do not depend on it.'),
+    typer.Option(help='Memory that quantization may allocate, such as "8GiB". Results do not depend on it.'),
 ]
 MethodOptions = Annotated[
     list[str] | None,
     typer.Option(
         "--option",
-        help="Repeatable; NAME=VALUE, any other option of the methods, as autocast=true.",
+        help="Repeatable. NAME=VALUE for any other option of the methods, such as autocast=true.",
         show_default=False,
     ),
 ]
-Seeds = Annotated[list[int], typer.Option(help="Repeatable; of calibration images and method.")]
-Device = Annotated[str | None, typer.Option(help="[cuda where there is one, else cpu]")]
+Seeds = Annotated[list[int], typer.Option(help="Repeatable. Draws the calibration images and seeds the method.")]
+Device = Annotated[
+    str | None, typer.Option(help="cpu, cuda or cuda:1. [default: cuda if there is one, else cpu]", show_default=False)
+]
 Backend = Annotated[
     str | None,
     typer.Option(
-        help="What evaluates the quantized models: onnxruntime or openvino, on integers, through the exported graph. "
-        "[default: PyTorch]",
+        help="Evaluate the exported integer graph by onnxruntime or openvino. [default: PyTorch]",
         show_default=False,
     ),
 ]
-Limit = Annotated[int | None, typer.Option(help="Evaluate only so many images.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the cells and their estimated cost.")]
-Force = Annotated[bool, typer.Option("--force", help="Measure also cells that are stored.")]
-Stale = Annotated[bool, typer.Option("--stale", help="Measure also cells that are stored of another version.")]
-Save = Annotated[Path | None, typer.Option(help="Folder to keep every quantized model in; its row names the file.")]
+Limit = Annotated[int | None, typer.Option(help="Evaluate this many images only.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Print the cells and their estimated cost, and measure nothing.")
+]
+Force = Annotated[bool, typer.Option("--force", help="Also measure cells that are stored.")]
+Stale = Annotated[bool, typer.Option("--stale", help="Also measure cells that another version stored.")]
+Save = Annotated[Path | None, typer.Option(help="Folder for the quantized models. Each row names its file.")]
 Jobs = Annotated[
     int | None,
     typer.Option(
-        help="Cells measured at once on a CPU, each with one thread. [mini: the cores there are; else 1]",
+        help="Cells to measure at once on a CPU, each with one thread. [default: all cores on mini, else 1]",
         show_default=False,
     ),
 ]
 Threads = Annotated[
     int | None,
-    typer.Option(help="Threads of torch, where one cell runs at a time. [the cores that are idle]", show_default=False),
+    typer.Option(help="torch's threads, if one cell runs at a time. [default: the idle cores]", show_default=False),
 ]
 Results = Annotated[Path, typer.Option(help="Folder for the rows.")]
 RESULTS = Path("results/runs")
@@ -90,7 +98,7 @@ MAX_SEED = 2**32 - 1  # what NumPy's generators take
 
 @dataclass(frozen=True)
 class Profile:
-    """What a run does unless told otherwise.
+    """The defaults of a run.
 
     Attributes:
         models: by default.
@@ -115,7 +123,7 @@ class Profile:
     recipe: str = "paper"
 
     def options(self, spec: QuantSpec, method: str) -> dict[str, Any]:
-        """Options for a method, of which it takes those that it has, at these bits."""
+        """Options for a method at these bits; it takes those that it knows."""
         recipes = getattr(load_method_class(split_variant(method)[0]), "recipes", {})
         if self.recipe in recipes:
             own = {"recipe": self.recipe, "iterations": recipes[self.recipe].iterations}
@@ -141,10 +149,12 @@ class Profile:
 
 
 def profile_option(text: str, name: str, mini: Profile, real: Profile) -> Any:
-    """The option of a profile's attribute; its help gives the values of the embedded and of real data."""
+    """The option for an attribute of a profile. Its help gives the defaults on embedded and on real data."""
     values = [f"{getattr(profile, name):g}" for profile in (mini, real)]
-    more = f", from 6 bits on {real.iterations_6_bits}" if name == "iterations" else ""
-    return typer.Option(help=f"{text} [{values[0]} mini; {values[1]} real{more}]")
+    more = f", {real.iterations_6_bits} from 6 bits on" if name == "iterations" else ""
+    return typer.Option(
+        help=f"{text} [default: {values[0]} on mini; {values[1]} on real data{more}]", show_default=False
+    )
 
 
 # ---- from options to cells -------------------------------------------------------------------------------------------
@@ -169,7 +179,7 @@ def make_cells(
     profile: Profile,
     given: dict[str, Any],
 ) -> list[Cell]:
-    """All combinations, each with the options that its method takes: those given, else the profile's.
+    """All combinations. Each has the options that its method takes: the given ones, or else the profile's.
 
     Args:
         names: of models.
@@ -197,7 +207,7 @@ def make_cells(
     takes = {method: method_options(method) for method in methods}
     for option in given:
         if not any(option in options for options in takes.values()):
-            raise IasvitError(f"{_flag(option)} is no option of {', '.join(methods)}")
+            raise IasvitError(f"{_flag(option)} is not an option of {', '.join(methods)}")
     cells = []
     for name in names:
         for spec in specs:
@@ -238,7 +248,7 @@ def parse_options(texts: Iterable[str], given: Mapping[str, Any] | None = None) 
     for text in texts:
         name, equals, value = text.partition("=")
         if not name or not equals or not value:
-            raise IasvitError(f"--option {shown(text)} is not of the form NAME=VALUE, as autocast=true")
+            raise IasvitError(f"--option {shown(text)} is not of the form NAME=VALUE, such as autocast=true")
         if name == "seed":
             raise IasvitError(f"--option {shown(text)} sets the seed, which --seed does")
         if name in options:
@@ -256,15 +266,15 @@ def _flag(option: str) -> str:
 
 
 def check_checkpoint(checkpoint: Path | None, names: Sequence[str]) -> None:
-    """Raise IasvitError where one file is to be the weights of several models."""
+    """Raise IasvitError if one file is given as the weights of several models."""
     if checkpoint is not None and len(names) > 1:
         raise IasvitError(
-            f"--checkpoint is of one model, but {len(names)} are asked for: {', '.join(names)}; choose one of them"
+            f"--checkpoint holds one model, but {len(names)} are asked for: {', '.join(names)}; choose one of them"
         )
 
 
 def check_models(models: Models, names: Sequence[str], specs: Sequence[QuantSpec]) -> None:
-    """Find out before anything runs what would stop a model: name, weights file, module, or an override of bits.
+    """Check before anything runs what would stop a model: its name, weights file, modules, or an override of bits.
 
     Raises:
         IasvitError: with the fault.
@@ -325,7 +335,7 @@ def run(
     jobs: int | None = None,
     threads: int | None = None,
 ) -> NoReturn:
-    """Measure the cells and print their table, or print what they would cost; then leave the command.
+    """Measure the cells and print their table, or print their estimated cost. Then exit the command.
 
     Args:
         task: where models and data come from.
@@ -363,7 +373,7 @@ def run(
 
 
 def _threads() -> int:
-    """Threads of a process unless told otherwise: one's, the idle cores; of several, as many as torchrun says."""
+    """Default threads of a process: the idle cores if it is the only one, else as many as torchrun says."""
     return free_cores() if distributed.world_size() == 1 else torch.get_num_threads()
 
 
@@ -377,9 +387,9 @@ def _jobs(task: Task, jobs: int | None, threads: int | None) -> int:
     if jobs is None:
         return usable_cores() if task.data.kind == EMBEDDED and on_cpu and threads is None else 1
     if jobs > 1 and not on_cpu:
-        raise IasvitError(f"--jobs is {jobs}, but cells run side by side on a CPU alone; iasvit sweep has GPUs")
+        raise IasvitError(f"--jobs is {jobs}, but cells run side by side on a CPU only; use iasvit sweep for GPUs")
     if jobs > 1 and threads is not None and threads > 1:
-        raise IasvitError(f"--threads is {threads}, but cells side by side have one thread each; leave out one of both")
+        raise IasvitError(f"--threads is {threads}, but cells side by side have one thread each; leave one of them out")
     return jobs
 
 

@@ -27,19 +27,21 @@ class Kind(str, Enum):
 
 @app.command()
 def evaluate(
-    file: Annotated[Path, typer.Argument(help="Of iasvit.save, or of run --save.")],
-    model: Annotated[str, typer.Option(help="The full-precision model: deit_t, mask_rcnn_swin_t …")],
-    task: Annotated[Kind, typer.Option(help="What is measured.")] = Kind.imagenet,
-    data: Annotated[str, typer.Option(help="A data set of iasvit run TASK.")] = "mini",
-    data_root: Annotated[Path | None, typer.Option(help="Folder of the data, as of iasvit run TASK.")] = None,
+    file: Annotated[Path, typer.Argument(help="A file that iasvit.save or run --save wrote.")],
+    model: Annotated[str, typer.Option(help="The full-precision model: deit_t, mask_rcnn_swin_t and so on.")],
+    task: Annotated[Kind, typer.Option(help="The task to measure it on.")] = Kind.imagenet,
+    data: Annotated[str, typer.Option(help="The data set, as for iasvit run TASK.")] = "mini",
+    data_root: Annotated[Path | None, typer.Option(help="Folder with the data, as for iasvit run TASK.")] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="The full-precision model's weights.")] = None,
     pretrained: Annotated[
-        bool, typer.Option(help="Trained weights of the full-precision model, or random ones.")
+        bool, typer.Option(help="Use trained weights for the full-precision model, or random ones.")
     ] = True,
-    limit: Annotated[int | None, typer.Option(help="Evaluate only so many images.")] = None,
-    device: Annotated[str | None, typer.Option(help="[cuda where there is one, else cpu]")] = None,
+    limit: Annotated[int | None, typer.Option(help="Evaluate this many images only.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda or cuda:1. [default: cuda if there is one, else cpu]")
+    ] = None,
 ) -> None:
-    """Print every metric of a saved model and of the model that it was made from. No row is stored."""
+    """Print every metric of a saved model, beside those of its full-precision model. No row is stored."""
     print_logs()
     measured = _task(task, data, data_root, checkpoint, pretrained, limit, device)
     result = evaluate_file(measured, file, model, Progress(model, quiet=False))

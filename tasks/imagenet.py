@@ -150,7 +150,7 @@ class ImageNetTask(Task):
         """Raise IasvitError where the network's classes are not the data's, or it has none."""
         allowed = self.images.num_classes
         if allowed is None and network.num_classes == 0:
-            raise IasvitError(f"backbone {model!r} has no classifier, so that there are no outputs to compare")
+            raise IasvitError(f"backbone {model!r} has no classifier, so there are no outputs to compare")
         if allowed is not None and network.num_classes not in allowed:
             counts = " or ".join(str(count) for count in allowed)
             without = ", or leave labels out with --no-labels" if isinstance(self.images, AnyFolderImages) else ""
@@ -204,8 +204,8 @@ def imagenet(
     backbone: Annotated[
         list[str] | None,
         typer.Option(
-            help=f"Repeatable. {' '.join(PAPER_BACKBONES)}, or with real data any timm name. "
-            "[default: deit_t and swin_t for mini, deit_s for real data]",
+            help=f"Repeatable. {' '.join(PAPER_BACKBONES)}; on real data also any name that timm knows. "
+            "[default: deit_t and swin_t on mini, deit_s on real data]",
             show_default=False,
         ),
     ] = None,
@@ -214,40 +214,44 @@ def imagenet(
     data: Annotated[
         str,
         typer.Option(
-            help=f"{', '.join(SOURCES)}. mini and mini-hard are embedded; imagenette downloads 99 MB; folder: any, "
-            "with a folder a class."
+            help=f"{', '.join(SOURCES)}. mini and mini-hard are embedded; imagenette downloads 99 MB; folder takes "
+            "your own images, a folder per class."
         ),
     ] = "mini",
     data_root: Annotated[
         Path | None,
         typer.Option(
-            help=f"Folder that holds ImageNet's train/ and val/ [default: ${DATA_ROOT}], or where Imagenette goes. Of "
-            "--data folder: val/ is evaluated and train/, a tree of any names, calibrated on. With one of them, or "
-            "class folders alone, a fifth of each class, drawn by a fixed seed, is calibrated on, the rest evaluated.",
+            help=f"Folder with ImageNet's train/ and val/ [default: ${DATA_ROOT}], or the folder for Imagenette. With "
+            "--data folder, val/ is evaluated and train/, with folders of any names, is for calibration. If there is "
+            "only one of them, or only class folders, a fixed seed draws a fifth of each class for calibration.",
             show_default=False,
         ),
     ] = None,
     data_name: Annotated[
         str | None,
-        typer.Option(help="Of --data folder: the data set's name in rows. [default: the folder's]", show_default=False),
+        typer.Option(
+            help="With --data folder: the data set's name in rows. [default: the folder's name]", show_default=False
+        ),
     ] = None,
     labels: Annotated[
         bool,
-        typer.Option(help="Of --data folder: without, any images and classes; agreement and cosine alone."),
+        typer.Option(
+            help="With --data folder: --no-labels takes images in any folders, and measures agreement and cosine only."
+        ),
     ] = True,
     checkpoint: command.Checkpoint = None,
     pretrained: command.Pretrained = True,
     img_size: Annotated[
         int | None,
         typer.Option(
-            help="Pixels a side of timm's model. [default: those of --checkpoint's position embedding, else timm's]",
+            help="Image size of the model in pixels. [default: from --checkpoint's position embedding, else timm's]",
             show_default=False,
         ),
     ] = None,
-    calib_size: Annotated[int | None, number("Calibration images.", "calib_size")] = None,
-    iterations: Annotated[int | None, number("Steps a block and stage.", "iterations")] = None,
+    calib_size: Annotated[int | None, number("Number of calibration images.", "calib_size")] = None,
+    iterations: Annotated[int | None, number("Learning steps per block and stage.", "iterations")] = None,
     recipe: command.Recipe = "paper",
-    batch_size: Annotated[int | None, number("Images a step.", "batch_size")] = None,
+    batch_size: Annotated[int | None, number("Images per learning step.", "batch_size")] = None,
     lr: Annotated[float | None, number("Learning rate.", "lr")] = None,
     memory_budget: command.MemoryBudget = None,
     options: command.MethodOptions = None,
@@ -263,9 +267,10 @@ def imagenet(
     threads: command.Threads = None,
     results: command.Results = command.RESULTS,
 ) -> None:
-    """Quantize and evaluate classification models: every backbone at all bits by every method with all seeds.
+    """Quantize and evaluate classification models: all backbones, bits, methods and seeds combined.
 
-    Rows go to a CSV file as cells are done; a cell that is stored already is skipped, an interrupted one goes on.
+    Each combination is a cell. Its row goes to a CSV file when it is done. Stored cells are skipped, and an interrupted
+    run continues where it stopped.
     """
     command.print_logs()
     task, cells = ImageNetTask.grid(

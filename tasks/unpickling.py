@@ -1,4 +1,4 @@
-"""torch.save's files, read without running anything of theirs: tensors, and blanks in place of a trainer's own objects.
+"""Reads torch.save files without running code from them: tensors, and blanks in place of a trainer's own objects.
 
 A training checkpoint holds more than weights: the trainer's arguments, counts of numpy's, a log. torch's weights-only
 unpickler refuses the file for the first such class. Here the usual ones are read as blanks: nothing of the class named

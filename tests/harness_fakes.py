@@ -130,7 +130,7 @@ class Broken:
     def quantize(self, model: nn.Module, calibration: Tensor, spec: QuantSpec, progress: Progress) -> nn.Module:
         model.head.weight.data.zero_()  # a method that also spoils the model given must not spoil other cells
         if self.how == "nan":
-            raise IasvitError("layer 'fc' puts out NaN")
+            raise IasvitError("layer 'fc' outputs NaN")
         if self.how == "interrupt":
             raise KeyboardInterrupt
         if self.how == "full":

@@ -171,7 +171,7 @@ class Odd(harness_fakes.Noise):
         if step != 1 or where not in ("", str(distributed.rank())):
             return
         if how == "fails":
-            raise IasvitError(f"layer 'fc' puts out NaN{' here' if where else ''}")
+            raise IasvitError(f"layer 'fc' outputs NaN{' here' if where else ''}")
         if how == "breaks":
             raise RuntimeError("two\nlines")
         if how in ("interrupt", "kill") and not Path(how).exists():

@@ -128,7 +128,7 @@ def test_every_method_names_the_layer_whose_values_are_not_finite(vit: nn.Module
     ("arguments", "named"),
     [
         ({"steps": 3}, "no option 'steps'; it knows iterations, batch_size, lr, seed"),
-        ({"method": "nope"}, "'nope' is not registered; registered are adalog, adalog_retrained, aphq_vit"),
+        ({"method": "nope"}, "'nope' is not registered; the registered ones are adalog, adalog_retrained, aphq_vit"),
         ({"method": "ias_vit[-nope]"}, "no ingredient 'nope' to leave out; it has sulq, sos"),
         ({"spec": "W3"}, "'W3'.*such as W3A3"),
         ({"spec": "W3A3,nope=W8A8"}, "'nope' matches no quantized layer"),

@@ -144,7 +144,7 @@ class _Malicious:
 def test_nothing_is_unpickled(write: Callable, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(path.parent)
     write({"model": _Malicious()}, path)
-    with pytest.raises(IasvitError, match="no quantized model"):
+    with pytest.raises(IasvitError, match="not a quantized model"):
         iasvit.load(path)
     assert os.listdir(path.parent) == [path.name]
 
@@ -163,19 +163,19 @@ def complaint(path: Path) -> str:
 def test_a_truncated_file_is_no_quantized_model(quantized: nn.Module, path: Path, length: int) -> None:
     iasvit.save(quantized, path)
     path.write_bytes(path.read_bytes()[:length])
-    assert "is no quantized model; give a file that iasvit.save wrote" in complaint(path)
+    assert "is not a quantized model; give a file that iasvit.save wrote" in complaint(path)
 
 
 def test_other_things_than_files_of_save_are_refused(vit: nn.Module, path: Path) -> None:
     assert "does not exist" in complaint(path)
-    assert "is no quantized model" in complaint(path.parent)
+    assert "is not a quantized model" in complaint(path.parent)
     path.write_text("W3A3")
-    assert "is no quantized model" in complaint(path)
+    assert "is not a quantized model" in complaint(path)
     save_file(vit.state_dict(), path)  # weights alone
-    assert "is no quantized model" in complaint(path)
+    assert "is not a quantized model" in complaint(path)
     for header in ("{", "[]", "3", "{}"):
         save_file({}, path, {"iasvit": header})
-        assert "is no quantized model" in complaint(path)
+        assert "is not a quantized model" in complaint(path)
 
 
 def test_a_file_of_the_first_format_is_told_to_be_one(quantized: nn.Module, path: Path) -> None:
@@ -187,7 +187,7 @@ def test_a_file_of_the_first_format_is_told_to_be_one(quantized: nn.Module, path
 
 def test_a_pipe_is_no_model(path: Path) -> None:
     os.mkfifo(path)
-    assert "is no quantized model" in complaint(path)
+    assert "is not a quantized model" in complaint(path)
 
 
 FC1 = "blocks.1.mlp.fc1"
@@ -237,7 +237,7 @@ def _put(name: str, tensor: Tensor | None) -> Callable[[dict, dict], None]:
         (_drop("method"), "method"),
         (_drop("quantizers"), "quantizers"),
         (_drop("quantizers", f"{FC1}.input_quantizer"), f"'{FC1}.input_quantizer' a quantizer of kind none"),
-        (_edit("quantizers", f"{FC1}.input_quantizer", "kind", value="os"), "'os'; known are"),
+        (_edit("quantizers", f"{FC1}.input_quantizer", "kind", value="os"), "'os'; the known kinds are"),
         (_edit("quantizers", f"{FC1}.weight_quantizer", "n_bits", value=7), "damaged"),
         (_edit("quantizers", f"{FC1}.input_quantizer", "channel_dim", value=[1]), "has channel_dim '[1]'"),
         (_edit("quantizers", f"{FC1}.input_quantizer", "enabled", value="x"), "has enabled 'x'"),
@@ -260,7 +260,7 @@ def _put(name: str, tensor: Tensor | None) -> Callable[[dict, dict], None]:
         (_edit("architecture", "no_such", value=1), "damaged"),
         (_edit("data", value=None), "its 'data' is NoneType, not dict"),
         (_edit("spec", value=["W4A4"]), "its 'spec' is list, not str"),
-        (_edit("options", value={"lr": math.nan}), "is no quantized model"),
+        (_edit("options", value={"lr": math.nan}), "is not a quantized model"),
         (_edit("quantizers", f"{FC1}.input_quantizer", "n_bits", value=3), "has 3 bits, but its spec says 8"),
         (_put(f"{FC1}.input_quantizer.scale", torch.tensor(0.0)), "has a scale of 0.0"),
         (_put(f"{FC1}.input_quantizer.scale", torch.tensor(-1.0)), "has a scale of -1.0"),
@@ -289,7 +289,7 @@ def test_a_header_that_asks_for_much_costs_nothing(quantized: nn.Module, path: P
 
 def test_a_deep_header_is_refused(path: Path) -> None:
     write_tensors(path, {}, {"iasvit": "[" * 100_000})
-    assert "is no quantized model" in complaint(path)
+    assert "is not a quantized model" in complaint(path)
 
 
 def test_a_changed_file_is_never_another_model(quantized: nn.Module, path: Path, images: Tensor) -> None:

@@ -62,10 +62,14 @@ def status(monkeypatch: pytest.MonkeyPatch, *args: str, of: typer.Typer | None =
     ("args", "expected", "last_line"),
     [
         ([], 0, "[1/1] top1 "),
-        (["--method", "broken", "--how", "nan"], 1, "[1/1] failed: layer 'fc' puts out NaN"),
-        (["--method", "nope"], 2, "error: method 'nope' is not registered; registered are noise, killed, broken"),
+        (["--method", "broken", "--how", "nan"], 1, "[1/1] failed: layer 'fc' outputs NaN"),
+        (
+            ["--method", "nope"],
+            2,
+            "error: method 'nope' is not registered; the registered ones are noise, killed, broken",
+        ),
         (["--method", "noise[x]"], 2, "error: method 'noise[x]' is neither a name"),
-        (["--method", "broken", "--how", "interrupt"], 130, "interrupted; the same command again goes on"),
+        (["--method", "broken", "--how", "interrupt"], 130, "interrupted; run the same command again"),
         (["--method", "broken", "--how", "full"], 2, "error: the disk is full"),
         (["--speed", "3"], 2, "Error: No such option: --speed"),
     ],
@@ -97,10 +101,10 @@ def test_the_same_command_again_skips_what_is_stored(
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["run", "nope"], "error: task 'nope' is not registered; registered are fake, gone, mute"),
+        (["run", "nope"], "error: task 'nope' is not registered; the registered ones are fake, gone, mute"),
         (["run", "gone"], "error: task 'gone' is registered as gone.x:Gone, but loading that failed: No module"),
         (["run", "mute"], "error: task 'fake' has no command"),
-        (["show", "bad.csv"], "error: bad.csv is no quantized model"),
+        (["show", "bad.csv"], "error: bad.csv is not a quantized model"),
         (["nope"], "Error: No such command 'nope'."),
         (["leaderboard", "--published", "bad.csv"], "error: bad.csv has no column 'task'"),
         (["leaderboard", "--out", "bad.csv"], "error: bad.csv cannot be written: File exists"),
@@ -187,7 +191,7 @@ def test_a_folder_of_rows_that_is_not_there_is_said(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert status(monkeypatch, "leaderboard", "--runs", "mistyped") == 0
-    assert capsys.readouterr().err == "warning: mistyped is no folder, so that nothing measured is shown\n"
+    assert capsys.readouterr().err == "warning: mistyped is not a folder, so no measured values are shown\n"
 
 
 def test_leaderboard_fills_readme_by_default(
@@ -204,7 +208,7 @@ def test_leaderboard_fills_readme_by_default(
         "fake-mini-w3a3.csv",
     ]
     assert capsys.readouterr().out.split() == [*(f"results/{name}" for name in made), "README.md"]
-    assert "**70.00** (-10.00)" in Path("README.md").read_text()
+    assert "| noise  | 70.00 |" in Path("README.md").read_text()
 
 
 @pytest.mark.parametrize("statement", ["import iasvit", "import iasvit.cli"])

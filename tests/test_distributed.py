@@ -190,17 +190,17 @@ def test_what_fails_in_all_processes_is_a_failed_row(groups: tuple[dict[str, lis
     assert [each.status for each in ended["fails-in-both"]] == [1, 1], ended
     found = [(row["method"], row["status"], row["reason"]) for row in rows(folder / "fails-in-both")[1:]]
     broken = ("odd", "failed", "RuntimeError: two lines")
-    assert found == [("odd", "failed", "layer 'fc' puts out NaN"), broken, ("rtn", "ok", "")]
+    assert found == [("odd", "failed", "layer 'fc' outputs NaN"), broken, ("rtn", "ok", "")]
 
 
 @pytest.mark.parametrize(
     ("name", "statuses", "sentence", "seconds"),
     [
-        ("fails-in-one", [2, 2], "error: layer 'fc' puts out NaN here", 15),
+        ("fails-in-one", [2, 2], "error: layer 'fc' outputs NaN here", 15),
         ("breaks-in-first", [2, 2], "error: RuntimeError in process 0 of 2: two lines", 15),
         ("waits-for-ever", [2, 2], "error: file 'x' is not there", 10),
         ("bad-input", [2, 2], "error: ", 10),
-        ("interrupted", [130, 130], "interrupted; the same command again goes on where this one stopped", 10),
+        ("interrupted", [130, 130], "interrupted; run the same command again to continue where it stopped", 10),
     ],
 )
 def test_where_one_fails_all_end_within_seconds_and_one_says_why(

@@ -88,10 +88,10 @@ def of_class(cls: type[nn.Module]) -> nn.Module:
 
 def test_a_forward_of_its_own_is_refused_with_the_module_at_fault(images: Tensor) -> None:
     text = refusal(lambda: quantize(of_class(OwnForward), images))
-    assert "OwnForward given computes something else than the chain of its segments" in text
+    assert "OwnForward given computes something other than the chain of its segments" in text
     assert "from module 'patch_embed.proj' on, because of the code of OwnForward, a hook or a changed part" in text
     assert "from module 'blocks.0.norm1' on" in refusal(lambda: quantize(of_class(OwnPositions), images))
-    assert "Dictionary given puts out a dict, not a tensor" in refusal(lambda: quantize(of_class(Dictionary), images))
+    assert "Dictionary given outputs a dict, not a tensor" in refusal(lambda: quantize(of_class(Dictionary), images))
 
 
 def test_a_forward_of_its_own_that_computes_the_same_is_as_good(vit: nn.Module, images: Tensor) -> None:
@@ -201,7 +201,7 @@ def test_a_model_that_lacks_a_part_is_refused(family: str, path: str, images: Te
         (lambda m: setattr(m.blocks[1].mlp, "fc1", nn.Linear(32, 7)), "mat1 and mat2 shapes cannot be multiplied"),
         (
             lambda m: setattr(m, "head", nn.Sequential(nn.Dropout(), nn.Linear(32, 5))),
-            "'head.1' (Linear) is in no place",
+            "'head.1' (Linear) is not in a place",
         ),
         (
             lambda m: setattr(m.blocks[0].attn, "qkv", Adapted(32, 96)),
@@ -284,7 +284,7 @@ def test_what_cannot_be_saved_is_told_before_the_work(
     assert seen == [1]
     assert "VisionTransformer given can be quantized but not saved: a model of its weights" in caplog.text
     text = refusal(lambda: iasvit.save(quantized, tmp_path / "model"))
-    assert "no model can be built by its description: a model of its weights" in text
+    assert "no model can be built from its description: a model of its weights" in text
     assert not list(tmp_path.iterdir())
 
 

@@ -59,6 +59,6 @@ def test_a_signal_during_imports_ends_with_a_line(
 def test_a_signal_during_work_cleans_up(tmp_path: Path, number: signal.Signals) -> None:
     ended = run(tmp_path, "-c", _APP.replace("NUMBER", str(int(number))))
     word = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}[number]
-    assert ended.stderr == f"{word}; the same command again goes on where this one stopped\n"
+    assert ended.stderr == f"{word}; run the same command again to continue where it stopped\n"
     assert (ended.returncode, ended.stdout) == (128 + number, "")
     assert list(tmp_path.iterdir()) == []

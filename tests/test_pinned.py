@@ -69,7 +69,7 @@ class Outputs(NamedTuple):
 
 @cache
 def full_precision() -> tuple[nn.Module, Tensor, Outputs]:
-    """The backbone, 16 calibration images, and what the backbone puts out."""
+    """The backbone, 16 calibration images, and what the backbone outputs."""
     model = zoo.load("deit_t").requires_grad_(False)
     calibration = MiniImages().calibration(resolve_data_config(model=model), 16, seed=0)
     return model, calibration, outputs_of(model)

@@ -172,7 +172,7 @@ def test_a_checkpoint_of_another_model_or_bits_is_refused(vit: nn.Module, images
     stream(vit, quantizable_copy(vit), images, quantize_only, Progress(checkpoint=tmp_path))
     for other, spec in ((tiny_models.vit(depth=3), "W3A3"), (tiny_models.vit(), "W3A3,head=W4A3")):
         quantized = tiny_models.quantizable(other, spec)
-        with pytest.raises(IasvitError, match=f"checkpoint in {tmp_path} is of another model or other bits"):
+        with pytest.raises(IasvitError, match=f"checkpoint in {tmp_path} belongs to another model or other bits"):
             stream(
                 tiny_models.vit(depth=len(other.blocks)), quantized, images, pytest.fail, Progress(checkpoint=tmp_path)
             )
@@ -182,7 +182,7 @@ def test_nan_names_the_layer_it_left(images: Tensor) -> None:
     model = tiny_models.vit()
     with torch.no_grad():
         model.blocks[1].mlp.fc2.bias[0] = math.nan
-    with pytest.raises(IasvitError, match=r"layer 'blocks\.1 \(full precision\)' puts out NaN or Inf"):
+    with pytest.raises(IasvitError, match=r"layer 'blocks\.1 \(full precision\)' outputs NaN or Inf"):
         stream(model, quantizable_copy(tiny_models.vit()), images, quantize_only, Progress())
 
     def spoil(job: SegmentJob) -> None:
@@ -190,7 +190,7 @@ def test_nan_names_the_layer_it_left(images: Tensor) -> None:
         if job.index == 2:
             job.segment.layers()[-1].bias.fill_(math.inf)
 
-    with pytest.raises(IasvitError, match=r"layer 'blocks\.0' puts out NaN or Inf"):
+    with pytest.raises(IasvitError, match=r"layer 'blocks\.0' outputs NaN or Inf"):
         stream(tiny_models.vit(), quantizable_copy(tiny_models.vit()), images, spoil, Progress())
 
 

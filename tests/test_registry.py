@@ -107,7 +107,7 @@ def test_what_is_no_variant_is_refused(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "options", "said"),
     [
-        ("three", {}, "method 'three' is not registered; registered are gone, renamed, two"),
+        ("three", {}, "method 'three' is not registered; the registered ones are gone, renamed, two"),
         ("two", {"lr": 1.0}, "method 'two' has no option 'lr'; it knows seed, first, second, loud, kind"),
         ("two[-third]", {}, "no ingredient 'third' to leave out; it has goodness, first, second"),
         ("two[-loud]", {}, "no ingredient 'loud'"),

@@ -50,13 +50,13 @@ def evaluate_file(task: Task, path: str | os.PathLike[str], model: str, progress
         progress: where to report to; None for silence.
 
     Raises:
-        IasvitError: no such file or model, or the file is of another architecture than the model.
+        IasvitError: no such file or model, or the file has another architecture than the model.
     """
     progress = progress or Progress()
     quantized = load(path)
     network = task.load_model(model)
     if json.loads(json.dumps(describe(network))) != quantized.quantization.architecture:
-        raise IasvitError(f"{path} is of another architecture than {model}; name the model that it was made from")
+        raise IasvitError(f"{path} has another architecture than {model}; name the model that it was made from")
     quantized.to(device_of(network))
     reference = task.predict(model, network, progress)
     outputs = task.predict(model, quantized, progress)

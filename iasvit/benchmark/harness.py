@@ -1,4 +1,4 @@
-"""The harness: cells (model × method × bits × seed) of a task in, one stored row a cell out."""
+"""The harness: it takes the cells (model × method × bits × seed) of a task and stores one row per cell."""
 
 from __future__ import annotations
 
@@ -86,12 +86,12 @@ def run_cells(
 ) -> list[Row]:
     """Measure each cell that the store does not hold yet, and store a row for each as soon as it is done.
 
-    The full-precision model is evaluated once a model, and its row stored where it is missing. A run that was killed
-    goes on at the cell, and inside the cell at the block, where it stopped. What goes wrong inside a method, or in the
-    evaluation of the model that it gave, becomes a row with status "failed" and the reason; the other cells go on. A
-    cell that another process is measuring, with the same folder of checkpoints, is put off until that one is done.
+    Each full-precision model is evaluated once, and its row is stored if it is missing. A killed run continues at the
+    cell, and inside the cell at the block, where it stopped. An error inside a method, or in the evaluation of its
+    model, becomes a row with status "failed" and the reason; the other cells go on. If another process is measuring a
+    cell with the same folder of checkpoints, the cell is postponed until that one is done.
 
-    All processes of a torch.distributed group run the same cells; the first of them reads and writes all files.
+    All processes of a torch.distributed group run the same cells. The first one reads and writes all files.
 
     Args:
         task: where models and data come from.
@@ -212,7 +212,7 @@ def reference_job(job: Job) -> Job:
 
 
 def stored_row(store: ResultStore, key: Key, *, force: bool = False, stale: bool = False) -> Row | None:
-    """The row that makes it needless to measure a cell, or None; see `run_cells` for `force` and `stale`."""
+    """The stored row that makes measuring a cell unnecessary, or None; see `run_cells` for `force` and `stale`."""
     row = None if force else store.find(key)
     if row is None or row["status"] != "ok" or (stale and other_version(row)):
         return None
@@ -244,7 +244,7 @@ class _Run:
             self.store.check(self.task.name, self.task.data.name)
 
     def _known(self, job: Job) -> Row | None:
-        """The stored row that makes it needless to measure a cell, if any."""
+        """The stored row that makes measuring a cell unnecessary, if any."""
         return stored_row(self.store, job.key, force=self.force, stale=self.stale)
 
     def say(self, text: str) -> None:
@@ -268,7 +268,7 @@ class _Run:
         with self._held(job, wait) as free:
             if free:  # the process that had it may have stored the row
                 return self._stored(job, title) or self._measure(job, number, title)
-        self.say(f"{title}: another process measures it; put off")
+        self.say(f"{title}: another process measures it; postponed")
         return None
 
     def _lock(self, job: Job) -> Path:
@@ -321,7 +321,7 @@ class _Run:
         return row
 
     def _remark(self, job: Job, stored: Row) -> str:
-        """What to say of a stored row that is not measured again."""
+        """What the log says about a stored row that is not measured again."""
         remarks = ""
         if other := other_version(stored):
             remarks += f", {other}; --stale measures it again"
@@ -434,7 +434,7 @@ class _Run:
         return outputs
 
     def _transformed(self, job: Job, quantized: nn.Module, reference: Outputs) -> str:
-        """What the network scores in full precision that a transform has made another function; "" where none has."""
+        """The full-precision scores of a network that a transform changed into another function; "" if none did."""
         made = transforms_of(quantized)
         if made is None or made.network is None:
             return ""
@@ -468,7 +468,7 @@ class _Run:
                 Progress(checkpoint=old).discard()
                 if old not in left:
                     self.say(
-                        "a checkpoint of this cell is removed and not gone on with: it was begun by another version, "
+                        "this cell starts again and its checkpoint is removed: it was begun by another version, "
                         "library, device or number of threads"
                     )
         return folder

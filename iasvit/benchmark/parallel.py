@@ -53,9 +53,9 @@ def run_side_by_side(
     save: Path | None = None,
     quiet: bool = False,
 ) -> list[Row]:
-    """What `run_cells` does, `count` cells at once; the task's models must be on the CPU.
+    """Do what `run_cells` does, with `count` cells at once. The task's models must be on the CPU.
 
-    A cell whose process is killed, as one may be where memory runs out, is said at the end; the others go on.
+    If the process of a cell is killed, for example because memory ran out, it is reported at the end; the others go on.
 
     Raises:
         IasvitError: as `run_cells`, or a process was killed.
@@ -117,7 +117,7 @@ class CrashError(IasvitError):
 def side_by_side(works: Sequence[Callable[[], T]], count: int) -> Iterator[tuple[int, T | CrashError | None]]:
     """Run functions in processes forked from this one, `count` at once, in order.
 
-    Each has one thread of torch: processes that share a core then take turns, where threads would wait for each other.
+    Each has one torch thread. Processes that share a core take turns, whereas threads would wait for each other.
 
     Args:
         works: functions; what they return, or raise, must be possible to pickle.
@@ -171,7 +171,7 @@ def side_by_side(works: Sequence[Callable[[], T]], count: int) -> Iterator[tuple
 
 def _crash(status: int) -> CrashError:
     how = f"by {signal.Signals(-status).name}" if status < 0 else f"with status {status}"
-    return CrashError(f"its process ended {how}; where memory ran out, give fewer --jobs")
+    return CrashError(f"its process ended {how}; if memory ran out, use fewer --jobs")
 
 
 def _work(work: Callable[[], Any], sender: Connection, parent: int) -> None:
@@ -199,7 +199,7 @@ def _end_with(parent: int) -> None:
 class TimeLeft:
     """Moves a bar by what works take, so that the time left that it shows is that of all.
 
-    What is expected of a work is corrected by the works of its kind that have ended, or where there are none by all.
+    The expected time of a work is corrected by the works of its kind that have ended, or by all if there are none.
 
     Args:
         seconds: expected of each work; None where nothing is known.
@@ -242,7 +242,7 @@ class TimeLeft:
         self._shown = max(percent, self._shown)
 
     def _slower(self, kind: str) -> float:
-        """How many times what was expected the works of a kind took; without any, all works."""
+        """The ratio of measured to expected time for works of a kind; for all works if none of the kind has ended."""
         done = [number for number in self.done if self.kinds[number] == kind] or list(self.done)
         expected = sum(self.seconds[number] for number in done)
         return max(sum(self.done[number] for number in done) / expected, 1e-3) if expected else 1.0

@@ -54,10 +54,10 @@ _TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ")
 
 
 class Key(NamedTuple):
-    """Everything that decides a cell's number; of rows with equal keys the latest counts.
+    """Everything that decides a cell's number. Of rows with equal keys the latest counts.
 
-    An empty `data_fingerprint` is that of a row of schema 1: on which data it was measured, and by which configuration,
-    is unknown, and equals nothing that is known.
+    A row of schema 1 has an empty `data_fingerprint`. Its data and configuration are unknown, and equal nothing that is
+    known.
     """
 
     task: str
@@ -130,12 +130,12 @@ def format_options(options: Iterable[tuple[str, Any]]) -> str:
 
 
 def metric_columns(columns: Iterable[str]) -> list[str]:
-    """Of a row's columns those that are the task's metrics, in order."""
+    """The columns of a row that are the task's metrics, in order."""
     return [name for name in columns if name not in _FIXED and not name.startswith("fp_")]
 
 
 def primary_metrics(columns: Iterable[str]) -> list[str]:
-    """Of a row's columns the primary metrics, which are those with a full-precision value beside them, in order."""
+    """The primary metrics among a row's columns, in order: those that also have a full-precision value."""
     return [name.removeprefix("fp_") for name in columns if name.startswith("fp_")]
 
 
@@ -202,7 +202,7 @@ def _parse(header: list[str], line: str) -> Row:
 
 
 def read_rows(path: Path) -> tuple[list[Row], list[str]]:
-    """All sound rows of a result file in order, and one sentence for each line that is left out.
+    """Return all sound rows of a result file in order, and one sentence for each line that is left out.
 
     A line that a killed writer cut off has no newline at its end, or one that the next writer gave it; because `time`
     is the last column, such a line never passes for a whole one.
@@ -231,19 +231,21 @@ def read_rows(path: Path) -> tuple[list[Row], list[str]]:
                 continue
             header = _split(line)
             if missing := [name for name in _NEEDED if name not in header]:
-                return [], [f"{path} line 1 is no header of a result file (no column {missing[0]!r}); file left out"]
+                return [], [
+                    f"{path} line 1 is not the header of a result file (no column {missing[0]!r}); file left out"
+                ]
         except (ValueError, csv.Error) as error:
             if header is None:
-                return [], [f"{path} line 1 is no header of a result file ({error}); file left out"]
+                return [], [f"{path} line 1 is not the header of a result file ({error}); file left out"]
             what = "was cut off while it was written" if number == cut_off else f"is malformed ({error})"
             problems.append(f"{path} line {number} {what}; row left out")
     return rows, problems
 
 
 def latest(rows: Iterable[Row]) -> list[Row]:
-    """Of rows with equal keys the latest, by time and then by order; in order of first appearance.
+    """Keep the latest of rows with equal keys, by time and then by order; in order of first appearance.
 
-    A row on unknown data is left out where there is one of the same cell on data that is known.
+    A row on unknown data is left out if the same cell has a row on known data.
     """
     kept: dict[Key, Row] = {}
     for row in rows:
@@ -255,7 +257,7 @@ def latest(rows: Iterable[Row]) -> list[Row]:
 
 
 def check_writable(path: Path, folder: Path) -> None:
-    """Find out before the long work whether a file can be written at `path`, in `folder`, which is made.
+    """Check before the long work that a file can be written at `path`, in `folder`, which is made.
 
     Raises:
         IasvitError: it cannot be written, or its name is not UTF-8 or too long.
@@ -318,12 +320,12 @@ class ResultStore:
         return None
 
     def has(self, key: Key) -> bool:
-        """Whether the cell was measured; one that failed was not, and a rerun tries it again."""
+        """Whether the cell was measured. A failed cell was not, and a rerun tries it again."""
         row = self.find(key)
         return row is not None and row["status"] == "ok"
 
     def check(self, task: str, dataset: str) -> None:
-        """Find out before the long work whether rows of a task on a data set can be stored; no file is left.
+        """Check before the long work that rows of a task on a data set can be stored. No file is left behind.
 
         Raises:
             IasvitError: the folder or the file cannot be written, its name is not UTF-8 or too long, or it holds
@@ -339,7 +341,7 @@ class ResultStore:
             raise StorageError(f"{path} cannot be written: {reason(error)}; choose another folder") from error
 
     def append(self, row: Row) -> None:
-        """Add a row: all of it or, where that fails, nothing.
+        """Add a row: the whole row or, if that fails, nothing.
 
         Args:
             row: a value or None for each column of IDENTITY, COST and PROVENANCE; every other name is a metric, or
@@ -417,7 +419,9 @@ def _header(file: int, path: Path) -> list[str]:
     except (ValueError, csv.Error):
         header = []
     if any(name not in header for name in _NEEDED):
-        raise IasvitError(f"{path} line 1 is no header of a result file; move the file away or choose another folder")
+        raise IasvitError(
+            f"{path} line 1 is not the header of a result file; move the file away or choose another folder"
+        )
     return header
 
 

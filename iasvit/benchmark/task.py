@@ -1,4 +1,4 @@
-"""What a benchmark says of itself: its metrics, its data, its version, and how it loads, runs and scores a model."""
+"""How a benchmark describes itself: its metrics, data and version, and how it loads, runs and scores a model."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class Metric:
     """A number that a task's `score` returns.
 
     Attributes:
-        name: of the column that holds it, "top1".
-        digits: behind the point, in tables.
-        higher_is_better: else the least value is the best.
+        name: its column, "top1".
+        digits: after the point, in tables.
+        higher_is_better: if False, the lowest value is the best.
         primary: whether it has tables and plots of its own, with the full-precision model's value beside it in the
             column fp_<name>.
         standard_error: name of the metric that is its standard error from the size of the split; "" for none.
@@ -129,7 +129,7 @@ class Task(ABC):
 
     @classmethod
     def grid(cls, **options: Any) -> tuple[Task, list[Cell]]:
-        """The task and the cells that these options of its command name, all checked; nothing is measured.
+        """The task and the cells that these options of its command name. All are checked, and nothing is measured.
 
         A suite of `iasvit sweep` may give each keyword parameter that the task's own `grid` has, by its type hint: a
         list, text, number, Path or Enum. One of them is `device`, which the sweep gives. The task must be the same
@@ -138,7 +138,7 @@ class Task(ABC):
         Raises:
             IasvitError: the task has none, or an option is wrong.
         """
-        raise IasvitError(f"task {cls.name!r} has no grid, so that no suite can name it")
+        raise IasvitError(f"task {cls.name!r} has no grid, so no suite can name it")
 
     @abstractmethod
     def load_model(self, model: str) -> nn.Module:
@@ -146,7 +146,7 @@ class Task(ABC):
 
     @abstractmethod
     def calibration(self, model: str, n: int, seed: int) -> Tensor | Sequence[Tensor]:
-        """n calibration images, normalised as the model wants; the seed chooses them.
+        """n calibration images, normalised for the model. The seed chooses them.
 
         A tensor n×3×H×W, or where they differ in size, a sequence of n tensors 1×3×H×W.
         """
@@ -168,11 +168,11 @@ class Task(ABC):
         return ""
 
     def weights(self, model: str) -> str:
-        """Which weights the model has where its name does not tell (a file and its hash); "" where it does."""
+        """Which weights the model has, if its name does not tell (a file and its hash); "" if it does."""
         return ""
 
     def forward(self, network: nn.Module, images: Tensor) -> Any:
-        """The network's answer to a batch of images, for timing."""
+        """The network's output for a batch of images, for timing."""
         return network(images)
 
     def recall(self, row: Row) -> Outputs | None:
@@ -193,13 +193,13 @@ def load_task_class(name: str) -> type[Task]:
     """
     entries = list_tasks()
     if name not in entries:
-        raise IasvitError(f"task {name!r} is not registered; registered are {', '.join(entries) or 'none'}")
+        raise IasvitError(f"task {name!r} is not registered; the registered ones are {', '.join(entries) or 'none'}")
     return load(entries[name], f"task {name!r}")
 
 
 @cache
 def find_task_class(name: str) -> type[Task] | None:
-    """The class of a task, or None where it is not installed or cannot be loaded."""
+    """The class of a task, or None if it is not installed or cannot be loaded."""
     try:
         return load_task_class(name)
     except IasvitError:

@@ -23,8 +23,8 @@ def other_version(row: Mapping[str, Any]) -> str:
         row: with task, method, task_version and method_version.
 
     Returns:
-        For example "measured by version 1 of ias_vit; the present is 2 (rounds to even)"; of a task "on version 1 of";
-        "" for a row of the present versions. A method or task that is not installed counts as present.
+        For example "measured by version 1 of ias_vit; the present version is 2 (rounds to even)"; for a task "on
+        version 1 of"; "" for a row of the present versions. A method or task that is not installed counts as present.
     """
     parts = []
     for by, name, cls, version in (
@@ -36,12 +36,14 @@ def other_version(row: Mapping[str, Any]) -> str:
             continue
         changelog = getattr(cls, "changelog", {})
         changes = "; ".join(changelog[n] for n in range(version + 1, present + 1) if n in changelog)
-        parts.append(f"{by} version {version} of {name}; the present is {present}{f' ({changes})' if changes else ''}")
+        parts.append(
+            f"{by} version {version} of {name}; the present version is {present}{f' ({changes})' if changes else ''}"
+        )
     return f"measured {', and '.join(parts)}" if parts else ""
 
 
 def forget() -> None:
-    """Look for installed methods and tasks anew."""
+    """Look for installed methods and tasks again."""
     _method.cache_clear()
     find_task_class.cache_clear()
 

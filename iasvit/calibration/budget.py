@@ -1,4 +1,4 @@
-"""A memory budget: what a method needs at least, found out on a few images, and what that leaves for activations."""
+"""A memory budget: the least that a method needs, found on a few images, and what that leaves for activations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What each layer reads and puts out, and how much the model's answer depends on it (a diagonal Fisher), captured once.
+"""What each layer reads and outputs, and how much the model's answer depends on it (a diagonal Fisher), captured once.
 
 The Fisher information of a layer's output O is E[(∂ log p(y|x) / ∂O)²] with labels y drawn from the model's own
 predictions p: the Hessian of the loss at the full-precision model, from first derivatives (BRECQ, arXiv:2102.05426,
@@ -38,7 +38,7 @@ class Capture:
         inputs: what it reads: one tensor, or a product's left and right operand. Where a Linear or Conv2d reads maps of
             different sizes, or where captures are in files, they are rows (of a Conv2d: its patches), and so is the
             output; of a product in files, they are matrices.
-        output: what it puts out.
+        output: what it outputs.
         fisher: squared gradients of the log-likelihood, of output's shape; None where they were not asked for.
     """
 
@@ -153,7 +153,7 @@ def _capture(
         captured = _joined(module, parts.pop(module)) if files is None else files.pop(module)
         fisher = None if gradients is None else captured.pop()
         if not all(torch.isfinite(captured[-1][piece]).all() for piece in pieces(captured[-1])):
-            raise IasvitError(f"layer {name!r} puts out NaN or Inf for the calibration images; check the model")
+            raise IasvitError(f"layer {name!r} outputs NaN or Inf for the calibration images; check the model")
         layers.append(Capture(name, module, tuple(captured[:-1]), captured[-1], fisher))
     return layers, result.store()
 

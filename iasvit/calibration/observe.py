@@ -107,7 +107,8 @@ def _calibrate_on(name: str, quantizer: Quantizer, inputs: Sequence[Tensor]) -> 
 def calibrate_in_sequence(
     quantizers: Sequence[tuple[str, Quantizer]], run: Callable[[], T], memory_budget: int | None = None
 ) -> T:
-    """Calibrate activation quantizers in the order in which `run()` reaches them, each on what those before it left.
+    """Calibrate activation quantizers in the order in which `run()` reaches them, each on the output of those before
+    it.
 
     One forward pass does it. Where a quantizer is reached several times, by batches of several sizes or by a head that
     several feature maps share, all that reaches it counts, and that takes a pass for each quantizer.
@@ -153,10 +154,10 @@ def _inputs_of(quantizer: Quantizer, run: Callable[[], object], memory_budget: i
 
 @torch.no_grad()
 def calibrate_in_stream(model: nn.Module, batches: Sequence[Tensor], memory_budget: int | None = None) -> None:
-    """Calibrate all activation quantizers of a model by one forward pass, each on what those before it left.
+    """Calibrate all activation quantizers of a model in one forward pass, each on the output of those before it.
 
-    Weights are as they are: in full precision where their quantizers are off, else quantized. One quantizer waits for
-    the other, so that of several processes the first does it.
+    Weights are as they are: in full precision where their quantizers are off, else quantized. Each quantizer waits for
+    the one before, so with several processes the first one does it.
 
     Args:
         model: quantizable; segment by segment it runs on the batches.

@@ -80,7 +80,7 @@ class _Range:
 
 @torch.no_grad()
 def search_linear(layer: QuantLinear, x: Tensor, rounds: int, steps: int) -> None:
-    """Set the quantizers of a Linear's weight and input in turn, by the squared error of what the layer puts out.
+    """Set the quantizers of a Linear's weight and input in turn, by the squared error of what the layer outputs.
 
     Args:
         layer: both quantizers are calibrated.

@@ -1,4 +1,4 @@
-"""Activations of the calibration images: a store with a memory budget, beyond which it spills to files."""
+"""Activations of the calibration images: a store with a memory budget. What exceeds the budget goes to files."""
 
 from __future__ import annotations
 
@@ -309,14 +309,14 @@ class Collector:
 
 @torch.no_grad()
 def _map(store: Store, run: Callable[[Any], Activation], batch_size: int, producer: str) -> Store:
-    """Each process runs its share of the batches, and gets what the others make of theirs: the same to the bit."""
+    """Each process runs its share of the batches and gets the outputs of the others: the same bit for bit."""
     result, ranges = Collector(store), list(store.ranges(batch_size))
 
     def made(number: int) -> list[Tensor]:
         batch = store.gather(ranges[number])
         found = result.made(run(batch), batch)
         if not all(torch.isfinite(tensor).all() for tensor in found):
-            raise IasvitError(f"layer {producer!r} puts out NaN or Inf for the calibration images; check the model")
+            raise IasvitError(f"layer {producer!r} outputs NaN or Inf for the calibration images; check the model")
         return found
 
     several = distributed.world_size() if len(ranges) >= distributed.world_size() else 1

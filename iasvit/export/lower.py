@@ -169,7 +169,7 @@ class _Lower:
     def _product(self, left: str, right: str, path: str, module: QuantMatMul) -> str:
         g, first, second = self.graph, module.left_quantizer, module.right_quantizer
         if first.enabled != second.enabled:
-            raise IasvitError("one operand alone of this product is quantized, which has no form; quantize both")
+            raise IasvitError("only one operand of this product is quantized, which cannot be exported; quantize both")
         if not first.enabled:
             self.done.note(path, "its operands are not quantized")
             return g.add("MatMul", left, right)

@@ -42,7 +42,8 @@ def export_onnx(
     The input is "images" (batch, channels, height, width), float32, normalised as the model takes them; the batch is of
     any size. The output of a classifier is "logits" (batch, classes); of a detector, of which backbone and neck are
     exported, "features_0" and so on, (batch, channels, height, width) each. LayerNorm, softmax, GELU and residual
-    additions stay in float32. Codes equal the model's own but where a value falls within float32's rounding of a tie.
+    additions stay in float32. Codes equal the model's own, except where a value falls within float32's rounding of a
+    tie.
 
     Args:
         model: what `iasvit.quantize` or `iasvit.load` returned.
@@ -72,7 +73,7 @@ def export_onnx(
     if target not in TARGETS:
         raise IasvitError(f"target {target!r} is not known; there are {', '.join(TARGETS)}")
     if opset not in OPSETS:
-        raise IasvitError(f"opset {opset} is not supported; supported are {OPSETS[0]} to {OPSETS[-1]}")
+        raise IasvitError(f"opset {opset} is not supported; use {OPSETS[0]} to {OPSETS[-1]}")
     if path.is_dir():
         raise IasvitError(f"{path} is a folder; name a file such as {path / 'model.onnx'}")
     if path.exists() and not force:

@@ -34,7 +34,7 @@ def summary(path: str | os.PathLike[str]) -> str:
         ]
     except Exception as error:
         raise IasvitError(
-            f"{path} is no exported model ({reason(error)[:100]}); give a file of iasvit export"
+            f"{path} is not an exported model ({reason(error)[:100]}); give a file of iasvit export"
         ) from error
     heads += [
         ("opset", ", ".join(f"{entry.domain or 'ai.onnx'} {entry.version}" for entry in proto.opset_import)),

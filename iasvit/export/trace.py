@@ -69,7 +69,7 @@ def traced_graph(model: nn.Module, images: Tensor, outputs: Sequence[str], opset
     Args:
         model: on the CPU, in eval mode; not changed.
         images: two images or more of the size that the graph is to take.
-        outputs: names of what the model puts out, in order.
+        outputs: names of what the model outputs, in order.
         opset: version of ONNX's operators.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Tables from the stored rows: kinds of data, data sets and bit-widths apart."""
+"""Tables from the stored rows. Kinds of data, data sets and bit-widths have tables of their own."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pandas as pd
 from iasvit.benchmark.results import Row
 from iasvit.benchmark.task import REAL, Metric
 from iasvit.leaderboard.cells import TABLE, add_published, aggregate, cells_as_data, labelled, row_columns
-from iasvit.leaderboard.markdown import MARKS, MISSING, Document, escape, grid, slug
+from iasvit.leaderboard.markdown import MARKS, MISSING, Document, brief_grid, escape, grid, slug
 from iasvit.leaderboard.metrics import further, model_order, task_metrics
 from iasvit.progress import fingerprint as digest
 
@@ -95,7 +95,7 @@ def _document(
         (split_size, part["data_time"].iloc[0], fingerprint): part
         for (split_size, fingerprint), part in rows.groupby(["split_size", "data_fingerprint"])
     }
-    sections, details, frames = [], [], []
+    sections, details, frames, brief = [], [], [], []
     first: dict[str, Any] = {}
     for data, part in sorted(parts.items(), reverse=True):
         split_size, _, fingerprint = data
@@ -107,7 +107,12 @@ def _document(
         if published is not None:
             cells = add_published(cells, published, spec, primary)
         for metric in primary:
-            sections += [f"**{escape(title)}.** {metric.name}, {size}", grid(cells, metric, order)]
+            head = f"**{escape(title)}.** {metric.name}, {size}"
+            sections += [head, grid(cells, metric, order)]
+            if not first:  # the largest and latest data alone
+                brief += [head, brief_grid(cells, metric, order)]
+        if not first:
+            brief.append(_brief_note(part, cells, primary))
         sections += [_bullets(_notes(part, cells, metrics)), _commands(part)]
         details += [_details(cells, size, further(metrics), order)]
         columns = {"task": task, "dataset": dataset, "spec": spec, "data_kind": kind}
@@ -119,6 +124,7 @@ def _document(
         title=title,
         sections="\n\n".join(sections),
         details="\n\n".join(details),
+        brief="\n\n".join(brief),
         frame=pd.concat(frames, ignore_index=True),
         kind=kind,
         heading=heading,
@@ -142,8 +148,8 @@ def _size(rows: pd.DataFrame, split_size: int, fingerprint: str) -> str:
 def _notes(rows: pd.DataFrame, cells: pd.DataFrame, metrics: Sequence[Metric]) -> list[str]:
     """What the numbers are, the methods' settings, what failed, and what another version measured."""
     counts = sorted(set(cells["n"]) - {0})
-    seeds = f"{counts[0]} seed{'s' * (counts[0] > 1)} a cell" if len(counts) == 1 else "n seeds a cell"
-    notes = [f"Mean ± standard deviation over seeds (difference to fp32); {seeds}; {MARKS}."]
+    seeds = f"{counts[0]} seed{'s' * (counts[0] > 1)} per cell" if len(counts) == 1 else "n seeds per cell"
+    notes = [f"Mean ± standard deviation over seeds (difference from fp32); {seeds}; {MARKS}."]
     for metric in metrics:
         if metric.primary and not metric.higher_is_better:
             notes.append(f"The lower {metric.name}, the better.")
@@ -154,22 +160,33 @@ def _notes(rows: pd.DataFrame, cells: pd.DataFrame, metrics: Sequence[Metric]) -
         notes.append(escape(f"{label}: {settings.replace(';', ', ')}."))
     notes += [*_rules(rows), *_failures(rows), *_left_out(rows, metrics)]
     if cells.filter(regex="^published_").notna().any(axis=None):
-        notes.append("Published: the papers' value on the whole validation split, and ours less it.")
+        notes.append("Published: the paper's value on the whole validation split, and the difference of ours from it.")
     return notes + _other_versions(cells)
 
 
+def _brief_note(rows: pd.DataFrame, cells: pd.DataFrame, primary: Sequence[Metric]) -> str:
+    """A line below README's tables: what a value is, its standard error, and whether another version measured some."""
+    parts = ["Means over seeds, best first"]
+    for metric in primary:
+        if metric.standard_error in rows:
+            parts.append(f"standard error of {metric.name} at most {rows[metric.standard_error].max():.1f}")
+    if (cells["other_version"] != "").any():
+        parts.append("some values are of earlier versions of a method")
+    return "; ".join(parts) + "."
+
+
 def _rules(rows: pd.DataFrame) -> list[str]:
-    """What the admission rules are found to be, and what a network that a transform changed has in full precision."""
+    """The admission rules as computed, and what a network that a transform changed scores in full precision."""
     if "admission" not in rows:
         return []
     known = rows[rows["admission"].fillna("") != ""]
     notes = []
     for rules, part in known.groupby("admission", sort=True):
-        notes.append(escape(f"Rules, computed: {', '.join(sorted(set(part['method_label'])))}: {rules}."))
+        notes.append(escape(f"Computed rules of {', '.join(sorted(set(part['method_label'])))}: {rules}."))
     changed = known[known["transformed"].fillna("") != ""] if "transformed" in known else known[:0]
     for (method, model), part in changed.groupby(["method_label", "model_label"], sort=True):
         values = ", ".join(sorted(set(part["transformed"])))
-        notes.append(escape(f"{method} on {model}: the changed network has in full precision {values}."))
+        notes.append(escape(f"{method} on {model}: in full precision the changed network has {values}."))
     return notes
 
 
@@ -218,4 +235,4 @@ def _details(cells: pd.DataFrame, size: str, metrics: Iterable[Metric], order: S
         labels = [escape(cell[name]) for name in ("method_label", "model_label", "device")]
         values = [MISSING if pd.isna(cell[n]) else f"{cell[n]:.{0 if 'bytes' in n else 1}f}" for n in _COST]
         lines.append(f"| {' | '.join([*labels, *values])} |")
-    return "\n\n".join([*parts, "Cost, mean over seeds; it compares on one device only:", "\n".join(lines)])
+    return "\n\n".join([*parts, "Cost, mean over seeds. Compare it on one device only:", "\n".join(lines)])

@@ -1,4 +1,4 @@
-"""What a table is: methods × models in Markdown, the best marked, with the same values as data."""
+"""Tables: methods × models in Markdown, with the best marked, and the same values as data."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from iasvit.benchmark.task import Metric
 
 MADE = "<!-- made by `iasvit leaderboard` from the stored rows; do not edit -->"
 MISSING = "–"
-MARKS = "a column's best is bold, its second underlined"
+MARKS = "the best of a column is bold, the second is underlined"
 PUBLISHED = "published"  # the third kind of number, with REAL and EMBEDDED of `iasvit.benchmark.task`
 
 
@@ -21,10 +21,11 @@ class Document:
     """The tables of one task, data set and bit-width, all of one kind.
 
     Attributes:
-        name: of its files and of its place in README.
+        name: of its files and of its marker in README.
         title: says which of the three kinds the numbers are.
-        sections: Markdown that README takes too.
+        sections: the tables of the primary metrics, with notes and commands; Markdown.
         details: further Markdown.
+        brief: what README gets: means alone, without marks or notes; Markdown.
         frame: the same as data.
         kind: PUBLISHED, REAL or EMBEDDED.
         heading: what the numbers are, "measured on real data".
@@ -39,6 +40,7 @@ class Document:
     title: str
     sections: str
     details: str
+    brief: str
     frame: pd.DataFrame
     kind: str
     heading: str
@@ -96,6 +98,45 @@ def grid(cells: pd.DataFrame, metric: Metric, model_order: Sequence[str], marked
             cell = by_labels.get((method, model))
             row.append(MISSING if cell is None else _cell(cell, metric, top[model], same_n))
         rows.append(row)
+    return _lines(rows)
+
+
+def brief_grid(cells: pd.DataFrame, metric: Metric, model_order: Sequence[str]) -> str:
+    """Methods × models: the mean alone, "failed" where every seed failed.
+
+    The best mean over all models comes first. Methods that lack a model follow by name, then those that quantize
+    weights alone.
+
+    Args:
+        cells: see `grid`.
+        metric: to show.
+        model_order: see `grid`.
+    """
+    models = ordered_models(cells, model_order)
+    values = cells.pivot(index="method_label", columns="model_label", values=metric.name)[models]
+    measured = cells.pivot(index="method_label", columns="model_label", values="n")[models]
+    weights_only = cells.groupby("method_label")["weights_only"].any()
+    mean = values.mean(axis=1, skipna=False) * (-1 if metric.higher_is_better else 1)
+    rows = [["method", *map(escape, models)]]
+    if f"fp_{metric.name}" in cells:
+        full = cells.groupby("model_label")[f"fp_{metric.name}"].mean()
+        rows.append(
+            ["fp32", *(MISSING if pd.isna(full[model]) else f"{full[model]:.{metric.digits}f}" for model in models)]
+        )
+    for method in sorted(
+        values.index, key=lambda label: (weights_only[label], pd.isna(mean[label]), mean[label], label)
+    ):
+        row = [escape(method)]
+        for model in models:
+            value = values.at[method, model]
+            text = "failed" if measured.at[method, model] == 0 else MISSING
+            row.append(text if pd.isna(value) else f"{value:.{metric.digits}f}")
+        rows.append(row)
+    return _lines(rows)
+
+
+def _lines(rows: Sequence[Sequence[str]]) -> str:
+    """The table's lines, the first row being its head, in columns of equal width."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     text = [
         "| " + " | ".join(value.ljust(width) for value, width in zip(row, widths, strict=True)) + " |" for row in rows
@@ -116,7 +157,7 @@ def _top(cells: pd.DataFrame, metric: Metric) -> list[float]:
 
 
 def _full_precision(cells: pd.DataFrame, metric: Metric) -> str:
-    """Of one model's cells: value (published value and difference to it)."""
+    """One model's value in full precision (published value, and the difference from it)."""
     value = cells[f"fp_{metric.name}"].mean()
     if pd.isna(value):
         return MISSING
@@ -128,7 +169,7 @@ def _full_precision(cells: pd.DataFrame, metric: Metric) -> str:
 
 
 def with_published(value: float, published: float, digits: int) -> str:
-    """ "published 71.00, -1.00": the published value, and ours less it."""
+    """ "published 71.00, -1.00": the published value, and the difference of ours from it."""
     return f"published {published:.{digits}f}, {value - published:+.{digits}f}"
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from iasvit.errors import IasvitError
-from iasvit.leaderboard.markdown import MARKS, PUBLISHED, Document, escape, grid, slug
+from iasvit.leaderboard.markdown import MARKS, PUBLISHED, Document, brief_grid, escape, grid, slug
 from iasvit.leaderboard.metrics import model_order, task_metrics
 from iasvit.spec import FULL_PRECISION
 
@@ -66,22 +66,24 @@ def published_documents(published: pd.DataFrame) -> list[Document]:
         )
         order = model_order(task)
         metrics = task_metrics(task, [f"fp_{name}" for name in sorted(set(group["metric"]))])
-        sections = []
+        sections, brief = [], []
         for metric in metrics:
             part = group[group["metric"] == metric.name]
             cells = part.rename(columns={"value": metric.name, "fp": f"fp_{metric.name}"})
             cells = cells.assign(
                 n=1, failed=0, weights_only=False, method_label=part["method"], model_label=part["model"]
             )
-            sections += [f"**{escape(title)}.** {metric.name}", grid(cells, metric, order)]
+            head = f"**{escape(title)}.** {metric.name}"
+            sections += [head, grid(cells, metric, order)]
+            brief += [head, brief_grid(cells, metric, order)]
         sources = [
             f"- {escape(source)}: {escape(', '.join(sorted(set(part['method']))))}."
             for source, part in group.groupby("source", sort=True)
         ]
-        sections.append("\n".join([f"Value (difference to fp32); {MARKS}. Sources:", "", *sources]))
+        sections.append("\n".join([f"Value (difference from fp32); {MARKS}. Sources:", "", *sources]))
         data = group.assign(gap=(group["value"] - group["fp"]).round(4))
         data = data.sort_values(["metric", "method", "model"], kind="stable")
         name = slug(f"{task}-published-w{w_bits}a{a_bits}")
-        text = "\n\n".join(sections)
-        documents.append(Document(name, title, text, "", data, PUBLISHED, heading, metrics, order))
+        text, short = "\n\n".join(sections), "\n\n".join(brief)
+        documents.append(Document(name, title, text, "", short, data, PUBLISHED, heading, metrics, order))
     return documents

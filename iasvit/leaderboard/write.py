@@ -20,8 +20,8 @@ from iasvit.leaderboard.views import page_values, plots
 
 # What a reader of the CSV files cannot guess.
 _COLUMNS = (
-    "In the CSV files `gap_` columns are value - full precision, `gap_published_` columns value - published; "
-    "`other_version` says which other version of method or task than the present one measured a value."
+    "In the CSV files, `gap_` columns are value - full precision, and `gap_published_` columns are value - published. "
+    "`other_version` names the version of method or task that measured a value, if it is not the present one."
 )
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
@@ -36,8 +36,8 @@ def write_leaderboard(
         published: CSV file of published values, columns PUBLISHED_COLUMNS.
         out: folder for tables and plots. Tables and plots of earlier calls that have no rows any more are removed; any
             other SVG file in its folder plots is shown with the leaderboard's own.
-        readme: file whose text between `<!-- table:NAME -->` and `<!-- /table -->` is replaced by that table; None for
-            no such file.
+        readme: file whose text between `<!-- table:NAME -->` and `<!-- /table -->` is replaced by the short form of
+            that table, with a link to the whole one; None for no such file.
         report: called with a sentence about each line or marker that cannot be used.
 
     Returns:
@@ -64,7 +64,7 @@ def write_leaderboard(
     for document in documents:
         texts[f"{document.name}.md"] = document.markdown()
         texts[f"{document.name}.csv"] = _csv(document.frame)
-    replaced = None if readme is None else _fill(readme, documents, report)
+    replaced = None if readme is None else _fill(readme, out, documents, report)
     try:
         out.mkdir(parents=True, exist_ok=True)
         for path in out.glob("*.md"):
@@ -112,8 +112,8 @@ def _index(documents: Iterable[Document], images: Iterable[str]) -> str:
     return "\n\n".join([MADE, "# Leaderboard", "[Sortable, on one page](index.html)", tables, _COLUMNS, *shown]) + "\n"
 
 
-def _fill(readme: Path, documents: Sequence[Document], report: Callable[[str], None]) -> str | None:
-    """README's text with its tables replaced; None if it has no marker or cannot change."""
+def _fill(readme: Path, out: Path, documents: Sequence[Document], report: Callable[[str], None]) -> str | None:
+    """README's text with its tables replaced; None if it has no marker or nothing changes."""
     try:
         text = readme.read_text(encoding="utf-8")
     except OSError as error:
@@ -123,10 +123,11 @@ def _fill(readme: Path, documents: Sequence[Document], report: Callable[[str], N
     def replace(match: re.Match[str]) -> str:
         name = match["name"]
         if name not in by_name:
-            report(f"{readme} has a marker for table {name!r}, of which there are no rows; left as it is")
+            report(f"{readme} has a marker for table {name!r}, which has no rows; left as it is")
             return match[0]
-        sections = by_name[name].sections.replace("<!--", "&lt;!--")  # in a command, say, that names a marker
-        return f"<!-- table:{name} -->\n{sections}\n<!-- /table -->"
+        table = by_name[name].brief.replace("<!--", "&lt;!--")  # in the name of a method, say
+        link = quote(Path(os.path.relpath(out / f"{name}.md", readme.parent)).as_posix())
+        return f"<!-- table:{name} -->\n{table} [Seeds, settings, costs, commands]({link})\n<!-- /table -->"
 
     starts, ends = text.count("<!-- table:"), text.count("<!-- /table -->")
     if starts != ends:

@@ -126,11 +126,11 @@ class Adapter(ABC):
         return with_hooks(model, self.segments(model))
 
     def run_whole(self, model: nn.Module, images: Tensor) -> Activation:
-        """What the model, called as its user calls it, makes of images: `run_chain` must give the same."""
+        """The outputs of the model, called as its user calls it; `run_chain` must give the same."""
         return model(images)
 
     def run_chain(self, model: nn.Module, images: Tensor) -> Activation:
-        """What the chain of segments makes of images (B, C, H, W)."""
+        """The outputs of the chain of segments for images (B, C, H, W)."""
         x: Activation = images
         for segment in self.chain(model):
             x = segment.run(x)
@@ -163,7 +163,7 @@ class Adapter(ABC):
     def log_likelihood(self, model: nn.Module, inputs: Activation, generator: torch.Generator) -> Tensor:
         """A value an image whose gradient is that of log p(labels), of labels drawn from the model's predictions.
 
-        For Fisher-weighted searches. By default the last segment puts out logits, and one label is drawn an image.
+        For Fisher-weighted searches. By default the last segment outputs logits, and one label is drawn an image.
 
         Args:
             model: float or quantizable.
@@ -174,7 +174,7 @@ class Adapter(ABC):
             B entries; only their gradient is meant.
 
         Raises:
-            IasvitError: the last segment puts out no table of logits, or NaN or Inf.
+            IasvitError: the last segment outputs no table of logits, or NaN or Inf.
         """
         logits = self.chain(model)[-1].run(inputs)
         return (logits * label_gradient(logits, generator)).sum(dim=1)

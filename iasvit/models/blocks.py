@@ -105,7 +105,7 @@ def activation_class(name: str) -> type[nn.Module]:
         IasvitError: it is none of ACTIVATIONS; a file must not choose what is called.
     """
     if name not in ACTIVATIONS:
-        raise IasvitError(f"activation {name!r} is not supported; supported are {', '.join(ACTIVATIONS)}")
+        raise IasvitError(f"activation {name!r} is not supported; the supported ones are {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name]
 
 

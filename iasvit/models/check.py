@@ -1,4 +1,4 @@
-"""Does the chain of segments compute what the model does? Asked of one image, before any work is done on it."""
+"""Check on one image, before any work, that the chain of segments computes what the model computes."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def check_chain(model: nn.Module, image: Tensor, spec: QuantSpec) -> None:
         spec: bits, as the model is to be quantized.
 
     Raises:
-        IasvitError: the model cannot run on the image, puts out NaN or Inf, computes something else than its segments
+        IasvitError: the model cannot run on the image, outputs NaN or Inf, computes something other than its segments
             (the message names the module from which on), or cannot be made quantizable.
     """
     adapter = adapter_for(model)
     expected = _whole(adapter, model, image)
     if not all(torch.isfinite(x).all() for x in expected):
-        raise IasvitError(f"layer {_not_finite(model, image)!r} puts out NaN or Inf for the first calibration image")
+        raise IasvitError(f"layer {_not_finite(model, image)!r} outputs NaN or Inf for the first calibration image")
     _compare(adapter, model, model, image, expected)
     quantizable = insert_quantizers(copy_of(model), spec, _switched_off, _switched_off)
     _compare(adapter, model, quantizable, image, expected)
@@ -58,7 +58,8 @@ def check_size(model: nn.Module, image: Tensor) -> None:
 
 @torch.no_grad()
 def why_not_saved(model: nn.Module, image: Tensor) -> str | None:
-    """Why a file could not rebuild this model: what `iasvit.save` asks of the quantized one. None where it could.
+    """Why a file could not rebuild this model, or None if it could. `iasvit.save` checks the same on the quantized
+    model.
 
     Args:
         model: in full precision and eval mode; left as it is.
@@ -95,7 +96,7 @@ def _whole(adapter: Adapter, model: nn.Module, image: Tensor) -> tuple[Tensor, .
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     for output in outputs:
         if not isinstance(output, Tensor):
-            raise IasvitError(f"the {type(model).__name__} given puts out a {type(output).__name__}, not a tensor")
+            raise IasvitError(f"the {type(model).__name__} given outputs a {type(output).__name__}, not a tensor")
     return outputs
 
 
@@ -146,7 +147,7 @@ def _compare(
     package, family = (cls.__module__.partition(".")[0] for cls in (type(model), adapter.model_class))
     what = f"{'' if package == family else f'the code of {type(model).__name__}, '}a hook or a changed part"
     raise IasvitError(
-        f"the {type(model).__name__} given computes something else than the chain of its segments {where}, because of "
+        f"the {type(model).__name__} given computes something other than the chain of its segments {where}, because of "
         f"{what}; only what the family's own forward and modules compute can be quantized"
     )
 

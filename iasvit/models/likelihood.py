@@ -20,10 +20,10 @@ def label_gradient(logits: Tensor, generator: torch.Generator) -> Tensor:
     """
     if logits.ndim != 2:
         raise IasvitError(
-            f"the model puts out {tuple(logits.shape)}, but a Fisher-weighted search needs logits (images, classes)"
+            f"the model outputs {tuple(logits.shape)}, but a Fisher-weighted search needs logits (images, classes)"
         )
     if not torch.isfinite(logits).all():
-        raise IasvitError("layer 'head' puts out NaN or Inf for the calibration images; check the model")
+        raise IasvitError("layer 'head' outputs NaN or Inf for the calibration images; check the model")
     p = logits.detach().cpu().double().softmax(dim=1)
     labels = torch.multinomial(p, 1, generator=generator)
     return (-p).scatter_add_(1, labels, torch.ones_like(p[:, :1])).to(logits)

@@ -92,7 +92,7 @@ class DetectorAdapter(Adapter):
         ]
 
     def run_whole(self, model: TwoStageDetector, images: Tensor) -> tuple[Tensor, ...]:
-        """What heads make of the features that the neck puts out while the detector predicts: `fixed_answers`."""
+        """What heads make of the features that the neck outputs while the detector predicts: `fixed_answers`."""
         _check(model)
         seen: list[tuple[Tensor, ...]] = []
         handle = model.neck.register_forward_hook(lambda _module, _args, output: seen.append(output))

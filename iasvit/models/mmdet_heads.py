@@ -1,4 +1,4 @@
-"""What the heads of mmdet's two-stage detectors put out for features, with proposals of their own, and scores of it."""
+"""What the heads of mmdet's two-stage detectors output for features, with proposals of their own, and scores of it."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def check_heads(detector: TwoStageDetector) -> None:
 
 
 def run_heads(detector: TwoStageDetector, features: Sequence[Tensor], size: tuple[int, int]) -> list[Component]:
-    """Run RPN and RoI heads as for a prediction, and return what they put out.
+    """Run RPN and RoI heads as for a prediction, and return what they output.
 
     Regions and masks are those of the detector's own predictions. So that every layer runs, an image without proposals
     gets its whole area for one, and of an image without detections the masks of its first proposals are predicted.
@@ -126,7 +126,7 @@ def run_heads(detector: TwoStageDetector, features: Sequence[Tensor], size: tupl
 
 
 def fixed_answers(detector: TwoStageDetector, features: Sequence[Tensor], size: tuple[int, int]) -> tuple[Tensor, ...]:
-    """The neck's features and what the heads put out for them, of one region an image: its whole area.
+    """The neck's features and what the heads output for them, of one region an image: its whole area.
 
     No region is chosen by what is computed, so that rounding changes each output by as little as it should.
     """

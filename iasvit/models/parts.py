@@ -32,7 +32,7 @@ class Reader:
 
     Attributes:
         norm: where the LayerNorm stands.
-        linears: all that reads what it puts out.
+        linears: all that reads what it outputs.
     """
 
     norm: Place

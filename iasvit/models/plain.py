@@ -1,4 +1,4 @@
-"""A model as its adapter expects it: out of wrappers, each parameter a tensor of its own that is stored as it is used.
+"""A model as its adapter expects it: without wrappers, and with each parameter a separate tensor, stored as it is used.
 
 What users bring besides: DataParallel and torch.compile, pruning masks, weight and spectral norms, shared weights.
 """
@@ -88,8 +88,8 @@ def plain(model: nn.Module) -> nn.Module:
 
     Masks of `torch.nn.utils.prune`, parametrizations and the older weight and spectral norms are folded into the
     weights; shared modules and parameters get values of their own; parameters made in inference mode and modules that
-    compile themselves become ordinary ones. Outputs in eval mode stay as they were. Masks and shared parameters, which
-    quantization does not keep, are told as warnings.
+    compile themselves become ordinary ones. Outputs in eval mode stay as they were. Warnings report masks and shared
+    parameters, because quantization does not keep them.
     """
     tensors = (*model.parameters(), *model.buffers())
     if not (

@@ -1,4 +1,4 @@
-"""Which adapter knows which model, found by entry point, and what is asked of any model through its adapter."""
+"""Find the adapter of a model by entry point, and what can be asked of any model through its adapter."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def adapter_for(model: nn.Module) -> Adapter:
             if isinstance(model, adapter.model_class):
                 return adapter
     raise IasvitError(
-        f"model {type(model).__name__} has no supported attention: it is of none of the families "
+        f"model {type(model).__name__} has no supported attention: it belongs to none of the families "
         f"{', '.join(list_families())}"
     )
 
@@ -95,7 +95,7 @@ def insert_quantizers(
         if name in inserter.left:
             continue
         if isinstance(module, (nn.Linear, nn.Conv2d)) and not isinstance(module, (QuantLinear, QuantConv2d)):
-            raise IasvitError(f"module {name!r} ({type(module).__name__}) is in no place that the adapter quantizes")
+            raise IasvitError(f"module {name!r} ({type(module).__name__}) is not in a place that the adapter quantizes")
     return model
 
 
@@ -112,7 +112,7 @@ def find_pairs(model: nn.Module, under: str = "") -> list[NormLinearPair]:
         quantized = [isinstance(linear, QuantLinear) for linear in pair.linears]
         if any(quantized) != all(quantized):
             raise IasvitError(
-                f"of the layers that read {pair.name!r} some are quantized and some not; treat them alike"
+                f"some of the layers that read {pair.name!r} are quantized and some are not; treat them alike"
             )
         if all(quantized) and f"{pair.name}.".startswith(under):
             result.append(pair)
@@ -154,7 +154,7 @@ def build(description: dict[str, Any]) -> nn.Module:
         IasvitError: the description names no adapter that exists here, or says itself that it is incomplete.
     """
     if INCOMPLETE in description:
-        raise IasvitError(f"no model can be built by its description: {description[INCOMPLETE]}")
+        raise IasvitError(f"no model can be built from its description: {description[INCOMPLETE]}")
     arguments = dict(description)
     name = arguments.pop("adapter", None)
     for entry in _entries():

@@ -104,7 +104,7 @@ class ViTAdapter(Adapter):
         eps, act = arguments.pop("eps"), arguments.pop("act")
         head_bias, norm = arguments.pop("head_bias", True), arguments.pop("norm", "layer")
         if norm not in ("layer", "rms"):
-            raise IasvitError(f"norm {norm!r} is not supported; supported are layer, rms")
+            raise IasvitError(f"norm {norm!r} is not supported; the supported ones are layer, rms")
         for name in ("img_size", "patch_size"):
             arguments[name] = tuple(arguments[name])
         if model_class is VisionTransformerDistilled:

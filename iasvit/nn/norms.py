@@ -10,7 +10,7 @@ class RMSNorm(nn.Module):
     """x / sqrt(mean(x²) + eps)·γ + β: x (..., C) → (..., C), float32.
 
     For x of mean zero over its C channels this is LayerNorm. Unlike torch's it has β, as scale reparameterization
-    shifts what a norm puts out.
+    shifts what a norm outputs.
 
     Args:
         width: C.

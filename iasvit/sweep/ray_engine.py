@@ -127,13 +127,13 @@ def check_address(address: str) -> None:
     """
     if address.startswith("ray://"):
         raise IasvitError(
-            f"--address {address} is of the Ray client, which has no part here; "
+            f"--address {address} belongs to the Ray client, which is not supported; "
             "give HOST:PORT of the cluster's head on one of its machines, or submit the command with ray job submit"
         )
     if address != "auto":
         host, _, port = address.rpartition(":")
         if not host or not port.isdigit():
-            raise IasvitError(f"--address {address} is not of the form HOST:PORT, as head:6379")
+            raise IasvitError(f"--address {address} is not of the form HOST:PORT, such as head:6379")
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_SECONDS).close()
         except (OSError, OverflowError) as error:

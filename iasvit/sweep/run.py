@@ -1,4 +1,4 @@
-"""A sweep: cells go to an engine, rows come back into the store, and what fails is tried again."""
+"""A sweep: cells go to an engine, rows come back into the store, and failed cells are tried again."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LINE_EVERY = 30.0  # seconds between lines of progress while nothing happens
 
 @dataclass(frozen=True)
 class Failure:
-    """A cell that has no number in the end.
+    """A cell without a result at the end of a sweep.
 
     Attributes:
         title: of the cell.

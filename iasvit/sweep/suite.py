@@ -124,7 +124,7 @@ def read_suite(path: Path) -> Suite:
     except OSError as error:
         raise IasvitError(f"{path} cannot be read: {reason(error)}") from error
     except ValueError as error:  # tomllib's and unicode's
-        raise IasvitError(f"{path} is no TOML file: {error}") from error
+        raise IasvitError(f"{path} is not a TOML file: {error}") from error
     _known(str(path), content, _SUITE_KEYS)
     description = _as(f"{path}: description", content.get("description", ""), str)
     needs = _needs(f"{path}, resources", content.get("resources", {}), Needs())
@@ -163,7 +163,9 @@ def arguments(cls: type[Task], table: dict[str, Any], where: str) -> dict[str, A
     if not parameters:
         cls.grid()  # says that the task has none
     if "device" in table:
-        raise IasvitError(f"{where}: device is no key; with gpu under resources a cell runs on a GPU, else on the CPU")
+        raise IasvitError(
+            f"{where}: device is not a key; with gpu under resources a cell runs on a GPU, else on the CPU"
+        )
     _known(where, table, ("task", "resources", *parameters))
     for name, parameter in parameters.items():
         if parameter.default is parameter.empty and name not in table:

@@ -64,7 +64,7 @@ def changeable(model: nn.Module) -> nn.Module:
 
 
 def recorded(model: nn.Module, step: Step) -> nn.Module:
-    """The model itself, which says from now on that this was done to it."""
+    """The model itself, on which this step is now recorded."""
     before = transforms_of(model)
     steps = (*(before.steps if before else ()), step)
     network = model if not step.exact else before.network if before else None

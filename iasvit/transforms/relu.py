@@ -34,9 +34,9 @@ def relu_mlps(
     progress: Progress | None = None,
     memory_budget: int | None = None,
 ) -> nn.Module:
-    """A copy with ReLU in place of GELU, of which each MLP has learnt to answer as it did.
+    """Return a copy with ReLU in place of GELU, whose MLPs have learnt to give the outputs that they gave before.
 
-    With h = ReLU(fc1(x)) and t what the MLP puts out in the given model for the same x, fc1 and fc2 minimise
+    With h = ReLU(fc1(x)) and t what the MLP outputs in the given model for the same x, fc1 and fc2 minimise
 
         mean(w·(fc2(h) - t)²) + 2·mean(w·(fc2(min(h, u)) - t)²),
 
@@ -161,4 +161,4 @@ class _Learner:
         for parameter, required in zip(self.parameters, self.required, strict=True):
             parameter.requires_grad_(required)
         if not all(torch.isfinite(parameter).all() for parameter in self.parameters):
-            raise IasvitError(f"the reconstruction of {self.mlp.name!r} came to NaN or Inf; give a lower lr")
+            raise IasvitError(f"the reconstruction of {self.mlp.name!r} reached NaN or Inf; give a lower lr")

@@ -58,7 +58,7 @@ def smooth_channels(
         if pair.norm not in largest:
             raise IasvitError(f"layer {pair.name!r} was not reached by the calibration images")
         if not torch.isfinite(largest[pair.norm]).all():
-            raise IasvitError(f"layer {pair.name!r} puts out NaN or Inf for the calibration images; check the model")
+            raise IasvitError(f"layer {pair.name!r} outputs NaN or Inf for the calibration images; check the model")
         _smooth(pair, largest[pair.norm], alpha)
     return recorded(result, Step("smooth_channels", {"alpha": alpha}, exact=True))
 

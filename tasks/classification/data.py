@@ -52,13 +52,13 @@ class Images(Protocol):
         """Do once what should not count as the first evaluation's time."""
 
     def batches(self, config: DataConfig, which: slice = ALL) -> Iterator[Batch]:
-        """The readable images of the evaluation split, in order; of its batches those that `which` takes."""
+        """The readable images of the evaluation split, in order; `which` selects among its batches."""
 
     def check_calibration(self, n: int) -> None:
         """Raise IasvitError where there are fewer than n calibration images."""
 
     def calibration(self, config: DataConfig, n: int, seed: int) -> Tensor:
-        """n×3×H×W float32 images, drawn by the seed, from other images than `batches` where the data has others."""
+        """n×3×H×W float32 images, drawn by the seed, from images that are not in `batches` if the data has such."""
 
 
 def imagenet_classes() -> dict[str, int]:
@@ -103,7 +103,7 @@ def open_folder(folder: Path) -> Samples:
             f"it holds {examples(names) or 'no folder'}"
         )
     if unknown := sorted(names - classes.keys()):
-        logger.warning("%s: left out folders that are no ImageNet-1k class: %s", folder, examples(unknown))
+        logger.warning("%s: left out folders that are not ImageNet-1k classes: %s", folder, examples(unknown))
     samples = list_images(folder, {name: classes[name] for name in names & classes.keys()})
     if not samples:
         raise IasvitError(f"data folder {folder} has class folders, but no image in them")

@@ -58,7 +58,7 @@ def spread(total: int, limit: int | None) -> list[int]:
 
 
 class Selection(Dataset):
-    """Some images, in the order given; one that cannot be read comes blank, with the label UNREADABLE.
+    """Some images, in the given order. An image that cannot be read comes blank, with the label UNREADABLE.
 
     timm's own dataset puts the next image in its place, which would count that one twice.
     """
@@ -81,7 +81,7 @@ class Selection(Dataset):
 
 
 class Photographs:
-    """Images of files (see `tasks.classification.data.Images`); what derives from it says which.
+    """Images from files (see `tasks.classification.data.Images`); a subclass says which files.
 
     Args:
         root: the folder that holds all files.

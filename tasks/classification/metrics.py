@@ -38,7 +38,7 @@ _PIECE = 4096  # images
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a network puts out on a split, in host memory. n readable images, C classes.
+    """What a network outputs on a split, in host memory. n readable images, C classes.
 
     Each of several processes has its own share of the images.
 
@@ -63,7 +63,7 @@ class Predictions:
     def collect(cls, batches: Iterable[tuple[Tensor, Tensor, Tensor]], total: int) -> Predictions:
         """Gather (logits B×C, labels B, positions B) batch by batch; `total` images were to be read, by all processes.
 
-        Of classes with equal logits the one with the smaller index stands first, so that a network that puts out
+        Of classes with equal logits the one with the smaller index stands first, so that a network that outputs
         the same for every class gets no credit for it.
 
         Raises:
@@ -87,7 +87,7 @@ def _ranked(
         logits, labels = logits.detach().float(), labels.to(logits.device)
         if not bool(logits.isfinite().all()):
             bad = int((~logits.isfinite()).any(dim=1).sum())
-            raise IasvitError(f"the network puts out NaN or Inf for {bad} of {len(logits)} images of one batch")
+            raise IasvitError(f"the network outputs NaN or Inf for {bad} of {len(logits)} images of one batch")
         own = logits.gather(1, labels[:, None])
         smaller = torch.arange(logits.shape[1], device=logits.device) < labels[:, None]
         rank = ((logits > own) | ((logits == own) & smaller)).sum(dim=1)

@@ -45,7 +45,7 @@ class Models(Protocol):
         """The model, eval(), on the CPU."""
 
     def config(self, name: str) -> DataConfig:
-        """What timm's `resolve_data_config` says of it."""
+        """What timm's `resolve_data_config` gives for the model."""
 
     def weights(self, name: str) -> str:
         """Which weights `load` gives it, in words that change when they do."""
@@ -88,7 +88,7 @@ class TimmModels:
         if self._checkpoint is not None:
             describe_file(self._checkpoint)
         elif self._pretrained and not tags:
-            raise IasvitError(f"timm has no pretrained weights of {name!r}; give --checkpoint FILE or --no-pretrained")
+            raise IasvitError(f"timm has no pretrained weights for {name!r}; give --checkpoint FILE or --no-pretrained")
         self._check_size(name)
 
     def _check_size(self, name: str) -> None:

@@ -1,4 +1,4 @@
-"""The data sets of the ImageNet task, and what a run on each of them consists of."""
+"""The data sets of the ImageNet task, and the parts of a run on each of them."""
 
 from __future__ import annotations
 

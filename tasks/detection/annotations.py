@@ -107,7 +107,7 @@ def read_annotations(path: Path) -> Annotations:
 def _parse(path: Path) -> tuple[Any, str]:
     try:
         if path.exists() and not path.is_file():
-            raise OSError(None, "it is no file")
+            raise OSError(None, "it is not a file")
         data = path.read_bytes()
     except OSError as error:
         raise IasvitError(
@@ -146,7 +146,7 @@ class _Check:
             if not isinstance(name, str) or not name or "\0" in name:
                 self.refuse(owner, "file_name", name, "a file's name is")
             if number in result:
-                raise IasvitError(f"annotation file {self.path}: the id {number} is of several images")
+                raise IasvitError(f"annotation file {self.path}: the id {number} belongs to several images")
             sides = {key: self.whole(owner, key, entry[key], 1) for key in ("width", "height")}
             result[number] = {"id": number, "file_name": name, **sides}
         return result
@@ -159,7 +159,7 @@ class _Check:
             if not isinstance(entry["name"], str):
                 self.refuse(f"category {number}", "name", entry["name"], "a text is")
             if number in result:
-                raise IasvitError(f"annotation file {self.path}: the id {number} is of several categories")
+                raise IasvitError(f"annotation file {self.path}: the id {number} belongs to several categories")
             result[number] = {"id": number, "name": entry["name"]}
         return result
 
@@ -173,12 +173,12 @@ class _Check:
             category, image_id = (self.whole(owner, key, entry[key]) for key in ("category_id", "image_id"))
             if category not in categories:
                 raise IasvitError(
-                    f"annotation file {self.path}: {owner} is of the unknown category {category}; its categories are "
+                    f"annotation file {self.path}: {owner} has the unknown category {category}; its categories are "
                     f"{some(sorted(categories))}"
                 )
             if image_id not in images:
                 raise IasvitError(
-                    f"annotation file {self.path}: {owner} is of image {image_id}, which is not among its images"
+                    f"annotation file {self.path}: {owner} belongs to image {image_id}, which is not among its images"
                 )
             image = images[image_id]
             if own in seen:
@@ -286,7 +286,7 @@ class _Check:
         raise IasvitError(f"annotation file {self.path}: {owner} has the {key} {short(value)}, but {expected} expected")
 
     def say(self) -> None:
-        """Warn of what was put right, or is likely not meant."""
+        """Warn about what was corrected, or is probably a mistake."""
         of = f"annotations (of {self.total})"
         for ids, text in (
             (self.repeated, f"{of} repeat the id of another; each counts as an object of its own"),

@@ -34,7 +34,7 @@ RULES = 2  # of how annotations and images are read; part of the fingerprint
 
 @dataclass(frozen=True)
 class DetectorConfig:
-    """What of an mmdet configuration the task needs.
+    """The parts of an mmdet configuration that the task needs.
 
     Attributes:
         model: as `MODELS.build` takes it.
@@ -269,7 +269,7 @@ class CalibrationImages(Sequence[Tensor]):
         self._preprocessor = MODELS.build(config.model["data_preprocessor"])
 
     def check(self) -> None:
-        """Raise IasvitError where a file cannot be read; in the middle of a method it would be too late."""
+        """Raise IasvitError if a file cannot be read, before a method starts."""
         from tasks.detection.runner import ReadableImage
 
         loader = ReadableImage()

@@ -1,4 +1,4 @@
-"""Image files against what the annotations say of them: there, readable, of their size, and which way up.
+"""Image files compared with their annotations: present, readable, of the right size, and turned the right way.
 
 A JPEG, PNG or WebP file may ask by an EXIF orientation to be turned for display. mmcv turns such an image, but some
 annotations are of the image as it is stored. The rule, by what the annotations give as width and height:
@@ -58,7 +58,7 @@ def read_header(path: Path) -> Header:
     """
     try:
         if path.exists() and not path.is_file():
-            raise OSError(None, "it is no file")  # to open a pipe would wait for ever
+            raise OSError(None, "it is not a file")  # to open a pipe would wait for ever
         with Image.open(path) as image:
             return Header(image.size, _orientation(image))
     except UNREADABLE_ERRORS as error:

@@ -143,7 +143,7 @@ class PublishedDetectors(_Configured):
         super().check(name)
         if self._checkpoint is None and self._pretrained and name not in PUBLISHED:
             raise IasvitError(
-                f"there are no published weights of {name}; there are of {', '.join(PUBLISHED)}; give others as "
+                f"no weights are published for {name}; there are of {', '.join(PUBLISHED)}; give others as "
                 f"--checkpoint FILE, or take random ones with --no-pretrained"
             )
 
@@ -267,13 +267,13 @@ def read_config(path: Path, classes: tuple[str, ...]) -> DetectorConfig:
         _ = resolved.fingerprint
     except TypeError as error:
         raise IasvitError(
-            f"configuration {path} has a value that results cannot be told apart by: {error}; numbers, texts, lists, "
+            f"configuration {path} has a value that cannot identify a result: {error}; numbers, texts, lists, "
             f"dictionaries, classes and functions can"
         ) from None
     return resolved
 
 
 def _reason(error: Exception) -> str:
-    """The first sentence of what an error says, in one line."""
+    """The first sentence of an error's message, in one line."""
     text = str(error.args[0] if isinstance(error, KeyError) and error.args else error).strip()
     return text.splitlines()[0].partition(". ")[0] if text else type(error).__name__

@@ -1,4 +1,4 @@
-"""The data sets of the COCO task, what a run on each consists of, and which detectors and layers are asked for."""
+"""The data sets of the COCO task, the parts of a run on each, and which detectors and layers are quantized."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Data(str, Enum):
 
     @property
     def profile(self) -> Profile:
-        """What a run on it does unless told otherwise."""
+        """The defaults of a run on it."""
         return MINI if self is Data.mini else PAPER
 
 
@@ -64,7 +64,7 @@ class Backbone(str, Enum):
 
 
 class Scope(str, Enum):
-    """What of a detector is quantized."""
+    """Which part of a detector is quantized."""
 
     detector = "detector"
     backbone = "backbone"

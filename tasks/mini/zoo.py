@@ -158,7 +158,7 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             return state, file.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise IasvitError(f"checkpoint {path} is no readable safetensors file: {error}") from None
+        raise IasvitError(f"checkpoint {path} is not a readable safetensors file: {error}") from None
 
 
 def load_weights(model: nn.Module, path: Path) -> nn.Module:

@@ -108,10 +108,10 @@ def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0, or 2 for bad input."""
     parser = argparse.ArgumentParser(prog="python -m tasks.studies.activations", description=__doc__.splitlines()[0])
     parser.add_argument("--backbone", action="append", choices=list(zoo.MINI_BACKBONES), metavar="NAME",
-                        help="repeatable; all that have a checkpoint otherwise")  # fmt: skip
+                        help="repeatable; by default all that have a checkpoint")  # fmt: skip
     for variant in VARIANTS:
-        parser.add_argument(f"--{variant}", action="store_true", help="only the variants named; all otherwise")
-    parser.add_argument("--checkpoints", type=Path, help="folder of checkpoints; the repository's own otherwise")
+        parser.add_argument(f"--{variant}", action="store_true", help="this variant only; by default all")
+    parser.add_argument("--checkpoints", type=Path, help="folder with checkpoints; by default the repository's own")
     parser.add_argument("--out", type=Path, default=Path("results/mini_activations.csv"))
     options = parser.parse_args(arguments)
     print_logs()

@@ -64,11 +64,13 @@ def code_grid(values: Tensor, kind: str, n_bits: int) -> list[dict[str, object]]
 
 @app.command()
 def attention(
-    backbone: Annotated[list[str], typer.Option(help="mini backbone, repeatable")] = ["deit_t", "swin_t"],  # noqa: B006
-    block: Annotated[int, typer.Option(help="whose attention maps; Swin shifts windows in odd ones")] = 4,
-    n_bits: Annotated[int, typer.Option(help="of a code")] = 3,
+    backbone: Annotated[list[str], typer.Option(help="Repeatable. A mini backbone.")] = ["deit_t", "swin_t"],  # noqa: B006
+    block: Annotated[
+        int, typer.Option(help="Block whose attention maps are shown; Swin shifts windows in odd blocks.")
+    ] = 4,
+    n_bits: Annotated[int, typer.Option(help="Bits of a code.")] = 3,
     device: str = "cpu",
-    out: Annotated[Path, typer.Option(help="CSV file; plots go to the folder plots next to it")] = Path(
+    out: Annotated[Path, typer.Option(help="CSV file. Plots go to the folder plots beside it.")] = Path(
         "results/mini_attention.csv"
     ),
 ) -> None:

@@ -65,9 +65,9 @@ def drawn(image: Tensor, boxes: Tensor, labels: Tensor, scores: Tensor, masks: T
 def draw(
     detector: Annotated[str, typer.Option(help="A mini detector.")] = "cascade_mask_rcnn_swin_t",
     method: Annotated[list[str] | None, typer.Option(help="Repeatable. [default: ias_vit, minmax]")] = None,
-    bits: Annotated[str, typer.Option(help="Of the quantized detectors.")] = "W4A4",
+    bits: Annotated[str, typer.Option(help="Bits of the quantized detectors.")] = "W4A4",
     image: Annotated[int, typer.Option(help="Number of the validation image.")] = 2,
-    threshold: Annotated[float, typer.Option(help="Least score of what is drawn.")] = 0.5,
+    threshold: Annotated[float, typer.Option(help="Lowest score that is drawn.")] = 0.5,
     out: Annotated[Path, typer.Option(help="PNG file.")] = Path("results/detections.png"),
 ) -> None:
     """Draw what a mini detector finds in a validation image, in full precision and quantized."""

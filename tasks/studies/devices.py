@@ -150,16 +150,16 @@ def compared(runs: dict[int, list[dict[str, Any]]]) -> dict[str, Any]:
 
 @app.command()
 def devices(
-    processes: Annotated[list[int], typer.Option(help="Repeatable; numbers to compare.")] = [1, 2],  # noqa: B006
-    repeats: Annotated[int, typer.Option(help="Runs of each number, in turn.")] = 2,
-    measured: Annotated[bool, typer.Option("--measure", help="Measure these processes; start none.")] = False,
-    backbone: Annotated[str, typer.Option(help="timm's name.")] = "deit_small_patch16_224",
-    device: Annotated[str | None, typer.Option(help="[cuda where there is one, else cpu]")] = None,
-    images: Annotated[int, typer.Option(help="Images evaluated.")] = 8192,
-    calib_size: Annotated[int, typer.Option(help="Calibration images.")] = 1024,
-    iterations: Annotated[int, typer.Option(help="Steps a block and stage.")] = 200,
-    batch_size: Annotated[int, typer.Option(help="Images a step.")] = 64,
-    autocast: Annotated[bool, typer.Option(help="Learn with products in bfloat16.")] = False,
+    processes: Annotated[list[int], typer.Option(help="Repeatable. Numbers of processes to compare.")] = [1, 2],  # noqa: B006
+    repeats: Annotated[int, typer.Option(help="Runs per number of processes.")] = 2,
+    measured: Annotated[bool, typer.Option("--measure", help="Measure in these processes, and start none.")] = False,
+    backbone: Annotated[str, typer.Option(help="timm's name of the model.")] = "deit_small_patch16_224",
+    device: Annotated[str | None, typer.Option(help="cpu or cuda. [default: cuda if there is one, else cpu]")] = None,
+    images: Annotated[int, typer.Option(help="Number of images to evaluate.")] = 8192,
+    calib_size: Annotated[int, typer.Option(help="Number of calibration images.")] = 1024,
+    iterations: Annotated[int, typer.Option(help="Learning steps per block and stage.")] = 200,
+    batch_size: Annotated[int, typer.Option(help="Images per learning step.")] = 64,
+    autocast: Annotated[bool, typer.Option(help="Multiply in bfloat16 while learning.")] = False,
     compiled: Annotated[bool, typer.Option("--compile", help="Learn with compiled steps.")] = False,
 ) -> None:
     """Time evaluation and I&S-ViT with several numbers of processes, a device each."""

@@ -30,13 +30,13 @@ SETTINGS = {"iterations": 200, "batch_size": 16, "lr": 1e-3}  # the mini profile
 
 @app.command()
 def errors(
-    backbone: Annotated[list[str], typer.Option(help="mini backbone, repeatable")] = ["deit_t", "swin_t"],  # noqa: B006
-    method: Annotated[list[str], typer.Option(help="repeatable")] = METHODS,
+    backbone: Annotated[list[str], typer.Option(help="Repeatable. A mini backbone.")] = ["deit_t", "swin_t"],  # noqa: B006
+    method: Annotated[list[str], typer.Option(help="Repeatable.")] = METHODS,
     bits: str = "W3A3",
-    images: Annotated[int, typer.Option(help="validation images")] = 32,
+    images: Annotated[int, typer.Option(help="Number of validation images.")] = 32,
     calib_size: int = 256,
     device: str = "cpu",
-    out: Annotated[Path, typer.Option(help="CSV file; plots go to the folder plots next to it")] = Path(
+    out: Annotated[Path, typer.Option(help="CSV file. Plots go to the folder plots beside it.")] = Path(
         "results/mini_errors.csv"
     ),
 ) -> None:

@@ -91,20 +91,23 @@ def exported(
     backbone: Annotated[list[str], typer.Option(help="Repeatable.")],
     bits: Annotated[list[str], typer.Option(help="Repeatable.")],
     method: Annotated[list[str], typer.Option(help="Repeatable.")],
-    data: Annotated[str, typer.Option(help="A data set of iasvit run imagenet.")] = "mini",
-    data_root: Annotated[Path | None, typer.Option(help="Its folder.")] = None,
-    data_name: Annotated[str | None, typer.Option(help="Of --data folder.")] = None,
-    checkpoint: Annotated[Path | None, typer.Option(help="Weights of the one model.")] = None,
-    calib_size: Annotated[int | None, typer.Option(help="Calibration images.")] = None,
-    iterations: Annotated[int | None, typer.Option(help="Of methods that learn.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Evaluate only so many images.")] = None,
+    data: Annotated[str, typer.Option(help="The data set, as for iasvit run imagenet.")] = "mini",
+    data_root: Annotated[Path | None, typer.Option(help="Folder with the data.")] = None,
+    data_name: Annotated[str | None, typer.Option(help="With --data folder: the data set's name in rows.")] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="Weights of the model.")] = None,
+    calib_size: Annotated[int | None, typer.Option(help="Number of calibration images.")] = None,
+    iterations: Annotated[int | None, typer.Option(help="Learning steps of methods that learn.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Evaluate this many images only.")] = None,
     saved: Annotated[
-        Path | None, typer.Option(help="The one cell's model, of --save of iasvit run, not quantized anew.")
+        Path | None,
+        typer.Option(help="The saved model of the one cell (iasvit run --save), in place of quantizing again."),
     ] = None,
-    target: Annotated[str, typer.Option(help="As of iasvit export.")] = "onnxruntime",
-    codes: Annotated[int, typer.Option(help="Images whose codes are compared; it takes memory and time.")] = 100,
-    threads: Annotated[int, typer.Option(help="Of torch and the runtime.")] = 1,
-    out: Annotated[Path, typer.Option(help="CSV file, appended to.")] = Path("results/exported/equality.csv"),
+    target: Annotated[str, typer.Option(help="As for iasvit export.")] = "onnxruntime",
+    codes: Annotated[
+        int, typer.Option(help="Number of images whose codes are compared. This takes memory and time.")
+    ] = 100,
+    threads: Annotated[int, typer.Option(help="Threads of torch and of the runtime.")] = 1,
+    out: Annotated[Path, typer.Option(help="CSV file to append to.")] = Path("results/exported/equality.csv"),
 ) -> None:
     """Compare the codes and outputs of exported files with the models'."""
     torch.set_num_threads(threads)

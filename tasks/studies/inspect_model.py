@@ -27,17 +27,19 @@ app = make_app()
 
 @app.command()
 def inspect(
-    target: Annotated[str, typer.Argument(help="file of iasvit.save, or a backbone to quantize first")],
-    data: Annotated[str, typer.Option(help="whose images")] = "mini",
-    data_root: Annotated[Path | None, typer.Option(help="folder of images, imagenet or imagenette")] = None,
-    pretrained: Annotated[bool, typer.Option(help="trained weights of a backbone, or random ones")] = True,
-    bits: Annotated[str, typer.Option(help="of a backbone")] = "W4A4",
-    method: Annotated[str, typer.Option(help="of a backbone")] = "minmax",
-    iterations: Annotated[int | None, typer.Option(help="of a method that reconstructs")] = None,
-    images: Annotated[int, typer.Option(help="images to look at; calibration images of a backbone")] = 32,
+    target: Annotated[str, typer.Argument(help="A saved model, or a backbone to quantize first.")],
+    data: Annotated[str, typer.Option(help="Data set whose images are looked at.")] = "mini",
+    data_root: Annotated[Path | None, typer.Option(help="Folder with the data.")] = None,
+    pretrained: Annotated[
+        bool, typer.Option(help="If TARGET is a backbone: use trained weights, or random ones.")
+    ] = True,
+    bits: Annotated[str, typer.Option(help="If TARGET is a backbone: its bits.")] = "W4A4",
+    method: Annotated[str, typer.Option(help="If TARGET is a backbone: the method.")] = "minmax",
+    iterations: Annotated[int | None, typer.Option(help="Learning steps of a method that learns.")] = None,
+    images: Annotated[int, typer.Option(help="Number of images to look at; a backbone is calibrated on as many.")] = 32,
     seed: int = 0,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …")] = None,
-    out: Annotated[Path | None, typer.Option(help="folder for the table as CSV and the plot as SVG")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the table (CSV) and the plot (SVG).")] = None,
 ) -> None:
     """Print ranges, channel spread, attention tail, quantizer, bits and error of every layer."""
     print_logs()

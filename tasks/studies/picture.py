@@ -46,10 +46,10 @@ def attention_map(model: nn.Module, block: int, images: Tensor) -> Tensor:
 
 @app.command()
 def draw(
-    backbone: Annotated[str, typer.Option(help="a mini ViT")] = "deit_t",
-    block: Annotated[int, typer.Option(help="whose attention map")] = 5,
-    n_bits: Annotated[int, typer.Option(help="of the codes")] = 3,
-    out: Annotated[Path, typer.Option(help="PNG file")] = Path("results/picture.png"),
+    backbone: Annotated[str, typer.Option(help="A mini ViT.")] = "deit_t",
+    block: Annotated[int, typer.Option(help="Block whose attention map is shown.")] = 5,
+    n_bits: Annotated[int, typer.Option(help="Bits of a code.")] = 3,
+    out: Annotated[Path, typer.Option(help="PNG file.")] = Path("results/picture.png"),
 ) -> None:
     """Draw mini scenes beside the code grids of the post-softmax quantizers."""
     rendered, labels = scenes.render_images("val", 0, 32)

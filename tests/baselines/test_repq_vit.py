@@ -179,7 +179,7 @@ def test_each_quantizer_is_calibrated_on_what_it_will_be_given(family: str, reco
 
 
 def test_post_layernorm_codes_survive_the_folding(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The per-tensor code of γ'… equals the per-channel code of what the LayerNorm put out before."""
+    """The per-tensor code of γ'… equals the per-channel code of what the LayerNorm output before."""
     model = tiny_model("vit")
     before: list[UniformQuantizer] = []
     original = observe.calibrate_in_sequence

@@ -17,7 +17,7 @@ from iasvit.spec import QuantSpec
 
 @dataclass
 class Seen:
-    """What a layer reads and puts out in full precision, and the gradient of the log-likelihood at its output."""
+    """What a layer reads and outputs in full precision, and the gradient of the log-likelihood at its output."""
 
     layer: nn.Module
     inputs: tuple[Tensor, ...]

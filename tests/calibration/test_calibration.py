@@ -137,7 +137,7 @@ def test_a_map_names_the_layer_that_puts_out_bad_values(bad: float) -> None:
         calls.append(len(x))
         return torch.where(torch.tensor(len(calls) == 2), x.new_tensor(bad), x)
 
-    with pytest.raises(IasvitError, match=r"layer 'blocks\.3' puts out NaN or Inf"):
+    with pytest.raises(IasvitError, match=r"layer 'blocks\.3' outputs NaN or Inf"):
         store.map(run, 5, "blocks.3")
     assert calls == [5, 5]
 
@@ -195,7 +195,7 @@ def test_bad_calibration_images_are_refused(calibration: object, message: str) -
 
 
 class Twice(nn.Module):
-    """Uses its first quantizer twice a pass, and its second on what the first puts out."""
+    """Uses its first quantizer twice a pass, and its second on what the first outputs."""
 
     def __init__(self, channel_dim: int | None = None) -> None:
         super().__init__()

@@ -136,7 +136,7 @@ def test_labels_are_drawn_from_the_predictions_by_the_seed() -> None:
 
 
 def test_bad_input_is_named() -> None:
-    with pytest.raises(IasvitError, match=r"puts out \(2, 3, 4\)"):
+    with pytest.raises(IasvitError, match=r"outputs \(2, 3, 4\)"):
         label_gradient(torch.zeros(2, 3, 4), draws(0))
     model = quantizable("vit")
     model.blocks[1].mlp.fc1.bias[0] = torch.nan

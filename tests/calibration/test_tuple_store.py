@@ -156,7 +156,7 @@ def test_bad_values_in_any_new_part_are_found(place: int) -> None:
         result[place] = result[place] * math.nan
         return result[0], result[1]
 
-    with pytest.raises(IasvitError, match="layer 'bad' puts out NaN or Inf"):
+    with pytest.raises(IasvitError, match="layer 'bad' outputs NaN or Inf"):
         ragged().map(bad, 2, "bad")
 
 

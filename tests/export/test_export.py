@@ -146,7 +146,7 @@ def test_bad_input(tmp_path: Path, quantized: dict[str, nn.Module]) -> None:
     cases = [
         ((tiny_models.vit(), tmp_path / "a.onnx"), {}, "VisionTransformer given to export_onnx is not quantized"),
         ((model, tmp_path / "a.onnx"), {"target": "tensorrt"}, "target 'tensorrt' is not known; there are onnxruntime"),
-        ((model, tmp_path / "a.onnx"), {"opset": 11}, "opset 11 is not supported; supported are 20 to 23"),
+        ((model, tmp_path / "a.onnx"), {"opset": 11}, "opset 11 is not supported; the supported ones are 20 to 23"),
         ((model, path), {}, "exists already; choose another name, or replace it"),
         ((model, tmp_path), {}, "is a folder; name a file"),
         ((model, tmp_path / "none" / "a.onnx"), {}, "cannot be written: No such file or directory"),
@@ -229,7 +229,7 @@ def test_the_commands(
     assert any(line.split() == ["blocks.0.attn.matmul_av", "-", "4/4", "int8"] for line in shown.splitlines())
     (tmp_path / "other.onnx").write_bytes(b"nothing")
     assert run(monkeypatch, "show", tmp_path / "other.onnx") == 2
-    assert "is no exported model" in capsys.readouterr().err
+    assert "is not an exported model" in capsys.readouterr().err
     with pytest.raises(IasvitError, match="does not exist"):
         summary(tmp_path / "none.onnx")
 

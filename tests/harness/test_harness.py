@@ -122,7 +122,7 @@ def test_a_method_that_raises_leaves_a_failed_row_and_the_others_go_on(store: Re
     cells = [cell("broken", how="nan"), cell("broken"), cell()]
     rows = run(FakeTask(), cells, store)
     assert [row["status"] for row in rows] == ["failed", "failed", "ok"]
-    assert [row["reason"] for row in rows[:2]] == ["layer 'fc' puts out NaN", "RuntimeError: two lines"]
+    assert [row["reason"] for row in rows[:2]] == ["layer 'fc' outputs NaN", "RuntimeError: two lines"]
     assert rows[0]["top1"] is None
     assert rows[2]["agreement"] > 40  # Broken zeroed the weights that it was given
     assert exit_status(rows) == 1
@@ -153,7 +153,7 @@ def test_an_evaluation_that_gives_no_number_is_a_failure(store: ResultStore, mon
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        (cell("nope"), "'nope' is not registered; registered are noise"),
+        (cell("nope"), "'nope' is not registered; the registered ones are noise"),
         (cell(speed=3), "no option 'speed'; it knows seed"),
         (Cell("vit_s", "noise", "W9A9", 0, 8), "W9A9"),
         (Cell("vit_s", "noise", "W3A3", 0, 0), "calibration size is 0"),
@@ -239,7 +239,7 @@ def test_what_another_version_or_machine_began_is_not_gone_on_with(
     run_cells(FakeTask(), [cell()], store, checkpoint_root=checkpoint)
     assert Noise.steps == [0, 0, 1, 2]
     assert list(checkpoint.iterdir()) == []
-    assert capsys.readouterr().err.count("a checkpoint of this cell is removed and not gone on with: ") == 1
+    assert capsys.readouterr().err.count("this cell starts again and its checkpoint is removed: ") == 1
 
 
 @pytest.mark.parametrize("force", [False, True])
@@ -256,7 +256,7 @@ def test_a_checkpoint_that_outlives_its_row_is_no_measurement(
     run_cells(FakeTask(), [cell()], store, checkpoint_root=checkpoint, force=force)
     assert Noise.steps == ([0, 1, 2] if force else [])
     assert list(checkpoint.iterdir()) == []
-    assert "not gone on with" not in capsys.readouterr().err
+    assert "its checkpoint is removed" not in capsys.readouterr().err
 
 
 def test_a_forced_run_that_was_interrupted_goes_on(store: ResultStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -288,7 +288,7 @@ def test_a_cell_that_another_process_measures_is_put_off_and_then_taken_from_the
     assert [row["seed"] for row in rows] == [0, 1]
     assert Noise.steps == [0, 1, 2] * 2
     shown = capsys.readouterr().err
-    assert "[1/2] fake mini: vit_s noise W3A3 seed 0: another process measures it; put off" in shown
+    assert "[1/2] fake mini: vit_s noise W3A3 seed 0: another process measures it; postponed" in shown
     assert "[1/2] fake mini: vit_s noise W3A3 seed 0: stored already" in shown
     assert list(checkpoint.iterdir()) == []
 
@@ -339,7 +339,7 @@ def test_a_run_killed_inside_a_cell_resumes_there(tmp_path: Path, number: signal
         assert first.returncode == -signal.SIGKILL
     else:
         assert first.returncode == 130
-        assert first.stderr.strip().splitlines()[-1].startswith("interrupted; the same command again goes on")
+        assert first.stderr.strip().splitlines()[-1].startswith("interrupted; run the same command again")
         assert "Traceback" not in first.stderr
     second = run_killed(tmp_path, number)
     assert second.returncode == 0, second.stderr
@@ -358,7 +358,7 @@ def test_a_defect_shows_where_it_is_and_bad_input_does_not(
     run_cells(FakeTask(), [cell("broken", how="nan")], store, checkpoint_root=store.folder / "j")
     shown = capsys.readouterr().err
     assert "Traceback" not in shown
-    assert "failed: layer 'fc' puts out NaN" in shown
+    assert "failed: layer 'fc' outputs NaN" in shown
 
 
 def test_quiet_prints_nothing(store: ResultStore, capsys: pytest.CaptureFixture[str]) -> None:

@@ -75,7 +75,7 @@ def test_what_a_work_raises_ends_the_others_and_comes_here() -> None:
         list(side_by_side([lambda: time.sleep(60), fail], 2))
     assert time.monotonic() - started < 30
     ended = [outcome for _, outcome in side_by_side([lambda: os._exit(3)], 1) if outcome]
-    assert [str(each) for each in ended] == ["its process ended with status 3; where memory ran out, give fewer --jobs"]
+    assert [str(each) for each in ended] == ["its process ended with status 3; if memory ran out, use fewer --jobs"]
     assert isinstance(ended[0], CrashError)
 
 

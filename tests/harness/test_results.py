@@ -209,8 +209,8 @@ def test_a_foreign_file_is_neither_read_nor_changed(store: ResultStore, reports:
     store.folder.mkdir()
     file_of(store).write_text("a,b\n1,2\n")
     assert store.rows().empty
-    assert "no header" in reports[0]
-    with pytest.raises(IasvitError, match="no header"):
+    assert "not the header" in reports[0]
+    with pytest.raises(IasvitError, match="not the header"):
         store.append(make_row())
     assert file_of(store).read_text() == "a,b\n1,2\n"
 

@@ -56,6 +56,6 @@ def test_rows_and_tables_have_the_rules(tmp_path: Path) -> None:
     old = make_row(task="fake", method="older")
     (document,) = [d for d in measured_documents([*rows, old]) if d.identity == ("fake", "mini", "W3A3")]
     text = document.markdown()
-    assert f"Rules, computed: changed: {changed['admission']}." in text
-    assert f"changed on vit_s: the changed network has in full precision {changed['transformed']}." in text
-    assert "Rules, computed: older" not in text
+    assert f"Computed rules of changed: {changed['admission']}." in text
+    assert f"changed on vit_s: in full precision the changed network has {changed['transformed']}." in text
+    assert "Computed rules of older" not in text

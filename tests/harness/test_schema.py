@@ -166,7 +166,7 @@ def test_a_file_without_a_column_that_makes_a_row_is_left_out(
     assert len(reports) == 1
     assert str(path) in reports[0]
     assert missing in reports[0]
-    with pytest.raises(IasvitError, match="no header"):
+    with pytest.raises(IasvitError, match="not the header"):
         store.append(make_row())
 
 

@@ -54,15 +54,15 @@ def test_a_method_without_a_version_is_at_its_first() -> None:
 def test_a_row_of_another_version_is_named_with_what_changed(monkeypatch: pytest.MonkeyPatch) -> None:
     raise_version(monkeypatch, Noise, 3, v2="louder", v3="softer")
     assert method_version("noise[-x]") == 3
-    assert other_version(make_row()) == "measured by version 1 of noise; the present is 3 (louder; softer)"
-    assert "version 2 of noise; the present is 3 (softer)" in other_version(make_row(method_version=2))
-    assert "version 4 of noise; the present is 3" in other_version(make_row(method_version=4))
+    assert other_version(make_row()) == "measured by version 1 of noise; the present version is 3 (louder; softer)"
+    assert "version 2 of noise; the present version is 3 (softer)" in other_version(make_row(method_version=2))
+    assert "version 4 of noise; the present version is 3" in other_version(make_row(method_version=4))
     assert other_version(make_row(method_version=3)) == other_version(make_row(method="gone", method_version=7)) == ""
 
 
 def test_a_row_of_another_version_of_the_task_too(monkeypatch: pytest.MonkeyPatch) -> None:
     raise_version(monkeypatch, FakeTask, 2, v2="other labels")
-    assert "version 1 of fake; the present is 2 (other labels)" in other_version(make_row())
+    assert "version 1 of fake; the present version is 2 (other labels)" in other_version(make_row())
     assert other_version(make_row(task="gone")) == ""
     raise_version(monkeypatch, Noise, 2)
     both = other_version(make_row())
@@ -79,7 +79,7 @@ def test_stale_measures_again_what_another_version_measured(
     capsys.readouterr()
     assert run(store) == first
     shown = capsys.readouterr().err
-    assert "measured by version 1 of noise; the present is 2 (louder); --stale measures it again" in shown
+    assert "measured by version 1 of noise; the present version is 2 (louder); --stale measures it again" in shown
     assert [item.seconds == 0 for item in estimate(FakeTask(), [CELL], store)] == [True]
     assert [item.seconds == 0 for item in estimate(FakeTask(), [CELL], store, stale=True)] == [False]
     again = run(store, stale=True)

@@ -134,7 +134,9 @@ def test_the_published_value_is_shown_with_the_measured_real_one(published: Path
     assert grid["fp32"] == {"vit_s": "80.00 (published 81.39, -1.39)", "swin_t": "80.00"}
     assert grid["noise"]["vit_s"].endswith("(-10.00, published 68.25, +1.75, n=2)")
     assert "published" not in grid["noise"]["swin_t"] + grid["new"]["vit_s"]
-    assert "Published: the papers' value on the whole validation split, and ours less it." in notes(document.sections)
+    assert "Published: the paper's value on the whole validation split, and the difference of ours from it." in notes(
+        document.sections
+    )
     data = document.frame.set_index(["method", "model"])
     columns = list(data.columns)
     at = columns.index("fp_top1")

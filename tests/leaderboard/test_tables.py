@@ -15,7 +15,7 @@ from iasvit.benchmark.results import Key, Row
 from iasvit.leaderboard.aggregate import measured_documents, table
 from iasvit.leaderboard.views import page_values, plots
 
-BROKEN = {"status": "failed", "reason": "layer 'fc' puts out NaN", "top1": None, "agreement": None}
+BROKEN = {"status": "failed", "reason": "layer 'fc' outputs NaN", "top1": None, "agreement": None}
 
 
 def grid_rows() -> list[Row]:
@@ -37,6 +37,34 @@ def test_a_table_as_it_is_written() -> None:
     assert document.name == "fake-mini-w3a3"
 
 
+def test_the_short_table_has_means_alone_and_the_best_first() -> None:
+    rows = [*grid_rows(), *(make_row(method=name, top1=top1) for name, top1 in (("whole", 50.0), ("better", 55.0)))]
+    rows += [make_row(method=name, model="swin_t", top1=50.0) for name in ("whole", "better")]
+    rows += [make_row(method="weights", a_bits=32, top1=79.0), make_row(method="noise", model="deit_t", **BROKEN)]
+    (document,) = measured_documents([row for row in rows if row["model"] != "deit_t"])
+    lines = document.brief.split("\n\n")
+    assert lines[0] == "**fake on mini, W3A3: measured on drawn images.** top1, 20 images"
+    assert lines[1].splitlines() == [
+        "| method                | vit_s | swin_t |",
+        "|-----------------------|-------|--------|",
+        "| fp32                  | 80.00 | 80.33  |",
+        "| noise                 | 71.00 | 60.00  |",
+        "| better                | 55.00 | 50.00  |",
+        "| whole                 | 50.00 | 50.00  |",
+        "| other                 | 71.50 | –      |",
+        "| weights, weights only | 79.00 | –      |",
+    ]
+    assert lines[2] == "Means over seeds, best first; standard error of top1 at most 1.5."
+    (document,) = measured_documents(rows)
+    assert grids(document.brief)[0]["noise"] == {"vit_s": "71.00", "deit_t": "failed", "swin_t": "60.00"}
+
+
+def test_of_several_data_the_short_table_has_the_largest() -> None:
+    (document,) = measured_documents([*grid_rows(), make_row(split_size=5, top1=1.0), make_row(split_size=5, seed=1)])
+    assert len(grids(document.brief)) == 1 < len(grids(document.sections))
+    assert "top1, 20 images" in document.brief
+
+
 def test_a_column_of_text_that_nobody_knows_is_no_metric() -> None:
     rows = [{**row, "operator": "somebody"} for row in grid_rows()]
     (document,), (plain,) = measured_documents(rows), measured_documents(grid_rows())
@@ -56,7 +84,7 @@ def test_a_table_has_mean_deviation_gap_best_and_notes() -> None:
         "other": "best",
     }
     found = notes(document.sections)
-    assert "3 seeds a cell" in found[0]
+    assert "3 seeds per cell" in found[0]
     assert "Standard error of top1 from the size of the split: at most 1.50." in found
     assert "```sh\npython x.py\n```" in document.sections
 
@@ -88,7 +116,7 @@ def test_different_numbers_of_seeds_are_said_cell_by_cell() -> None:
     (document,) = measured_documents([*grid_rows(), make_row(model="deit_t", top1=50.0)])
     (grid,) = grids(document.sections)
     assert [cell.rpartition(", ")[2] for cell in grid["noise"].values()] == ["n=3)", "n=1)", "n=3)"]
-    assert "n seeds a cell" in document.sections
+    assert "n seeds per cell" in document.sections
 
 
 def test_failed_cells_say_so() -> None:
@@ -97,7 +125,7 @@ def test_failed_cells_say_so() -> None:
     (grid,) = grids(document.sections)
     assert grid["noise"]["deit_t"] == "failed"
     assert grid["noise"]["vit_s"].endswith("(-9.00, 1 failed)")
-    assert "noise on deit_t, seed 0, failed: layer 'fc' puts out NaN" in notes(document.sections)
+    assert "noise on deit_t, seed 0, failed: layer 'fc' outputs NaN" in notes(document.sections)
     (only,) = measured_documents([make_row(**BROKEN)])
     assert grids(only.sections)[0]["noise"] == {"vit_s": "failed"}
     assert only.frame["n"].tolist() == [0]
@@ -126,8 +154,10 @@ def test_settings_and_weights_are_never_averaged_over() -> None:
 
 
 def test_another_version_is_said_once_for_each_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    said = {("noise", "vit_s"): "measured by version 1 of noise; the present is 2 (a|b)"}
-    said |= {("other", model): "measured by version 3 of other; the present is 4" for model in ("vit_s", "swin_t")}
+    said = {("noise", "vit_s"): "measured by version 1 of noise; the present version is 2 (a|b)"}
+    said |= {
+        ("other", model): "measured by version 3 of other; the present version is 4" for model in ("vit_s", "swin_t")
+    }
     monkeypatch.setattr(
         "iasvit.leaderboard.cells.other_version", lambda row: said.get((row["method"], row["model"]), "")
     )
@@ -135,9 +165,11 @@ def test_another_version_is_said_once_for_each_sentence(monkeypatch: pytest.Monk
         make_row(model=m, method=x, seed=s) for m in ("vit_s", "swin_t") for x in ("noise", "other") for s in (0, 1)
     ]
     (document,) = measured_documents(rows)
+    assert document.brief.endswith("; some values are of earlier versions of a method.")
     assert notes(document.sections)[-2:] == [
-        "noise on vit_s: measured by version 1 of noise; the present is 2 (a\\|b); `--stale` measures it again.",
-        "other: measured by version 3 of other; the present is 4; `--stale` measures it again.",
+        "noise on vit_s: measured by version 1 of noise; the present version is 2 (a\\|b); "
+        "`--stale` measures it again.",
+        "other: measured by version 3 of other; the present version is 4; `--stale` measures it again.",
     ]
     data = document.frame.set_index(["method", "model"])["other_version"]
     assert (data["noise", "swin_t"], data["noise", "vit_s"]) == ("", said["noise", "vit_s"])

@@ -163,7 +163,7 @@ def test_a_file_of_something_else_is_refused_beforehand_and_a_sound_one_stays(tm
     store.check("fake", "mini")
     assert files(tmp_path) == before
     (tmp_path / "other-mini.csv").write_text("a,b\n")
-    with pytest.raises(IasvitError, match="no header of a result file"):
+    with pytest.raises(IasvitError, match="not the header of a result file"):
         store.check("other", "mini")
     with pytest.raises(IasvitError, match="File name too long"):
         store.check("other", "x" * 250)
@@ -220,8 +220,10 @@ def test_readme_gets_its_tables_between_markers(tmp_path: Path) -> None:
     assert text.startswith("# x\n<!-- table:fake-mini-w3a3 -->\n**fake on mini, W3A3: measured on ")
     assert text.endswith("\n<!-- /table -->\nend\n")
     first, second = text.split("\nmid\n")
-    assert numbers(grids(first)[0]["noise"]["vit_s"]) == [71.0, 1.0, -9.0]
+    assert grids(first)[0]["noise"] == {"vit_s": "71.00", "swin_t": "60.00"}
+    assert "[Seeds, settings, costs, commands](a/fake-mini-w3a3.md)\n<!-- /table -->" in first
     assert "published values" in second
+    assert grids(second)[0]["a"] == {"vit_s": "1.00"}
     assert "published values" not in first
     write_leaderboard(tmp_path / "runs-a", tmp_path / "published.csv", tmp_path / "a", readme)
     assert readme.read_text() == text
@@ -231,13 +233,15 @@ def test_a_marker_inside_a_table_does_not_end_it(tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
     readme.write_text("<!-- table:fake-mini-w3a3 -->\n<!-- /table -->\nend\n")
     marker = "<!-- /table --> <!-- table:x -->"
-    store_rows(tmp_path / "runs", [make_row(status="failed", reason=f"read {marker}", top1=None, command=marker)])
+    rows = [make_row(data_description=marker, command=marker, method=method) for method in ("noise", marker)]
+    store_rows(tmp_path / "runs", rows)
     for _ in range(2):
         write_leaderboard(tmp_path / "runs", tmp_path / "none.csv", tmp_path / "out", readme)
         text = readme.read_text()
         assert (text.count("<!-- /table -->"), text.count("<!-- table:")) == (1, 1)
         assert text.endswith("\n<!-- /table -->\nend\n")
-        assert "failed: read &lt;!-- /table -->" in text
+        assert "measured on &lt;!-- /table -->" in text
+        assert "| &lt;!-- /table -->" in text
 
 
 def test_a_marker_without_rows_is_reported_and_left(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What the heads of mmdet's detectors put out, and the scores of labels drawn from it."""
+"""What the heads of mmdet's detectors output, and the scores of labels drawn from it."""
 
 from __future__ import annotations
 

@@ -206,7 +206,7 @@ def test_the_one_odd_block_among_many_is_named() -> None:
 def test_a_layer_that_would_stay_in_float_is_named() -> None:
     model = tiny_models.vit()
     model.fc_norm = nn.Linear(32, 32)
-    with pytest.raises(IasvitError, match=r"'fc_norm' \(Linear\) is in no place"):
+    with pytest.raises(IasvitError, match=r"'fc_norm' \(Linear\) is not in a place"):
         tiny_models.quantizable(model)
     model = tiny_models.vit()
     model.head = nn.utils.parametrizations.weight_norm(model.head)
@@ -227,7 +227,9 @@ def test_an_unknown_description_is_refused() -> None:
     with pytest.raises(IasvitError, match="'ConvNeXt' is not known"):
         build({"adapter": "ConvNeXt"})
     description = {**describe(tiny_models.vit()), "act": "NoSuchActivation"}
-    with pytest.raises(IasvitError, match="activation 'NoSuchActivation' is not supported; supported are GELU"):
+    with pytest.raises(
+        IasvitError, match="activation 'NoSuchActivation' is not supported; the supported ones are GELU"
+    ):
         build(description)
 
 

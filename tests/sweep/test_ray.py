@@ -141,10 +141,10 @@ def test_more_than_any_machine_has(cluster: Any) -> None:
     ("address", "sentence"),
     [
         ("127.0.0.1:1", "--address 127.0.0.1:1 cannot be reached: Connection refused"),
-        ("head", "--address head is not of the form HOST:PORT, as head:6379"),
+        ("head", "--address head is not of the form HOST:PORT, such as head:6379"),
         ("127.0.0.1:99999999", "--address 127.0.0.1:99999999 cannot be reached: "),
         ("nowhere.invalid:6379", "--address nowhere.invalid:6379 cannot be reached: "),
-        ("ray://127.0.0.1:10001", "--address ray://127.0.0.1:10001 is of the Ray client, which has no part here"),
+        ("ray://127.0.0.1:10001", "--address ray://127.0.0.1:10001 belongs to the Ray client, which is not supported"),
     ],
 )
 def test_an_address_that_is_none(address: str, sentence: str) -> None:

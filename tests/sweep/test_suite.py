@@ -65,7 +65,7 @@ def test_cells_are_all_combinations_and_stored_ones_are_left_out() -> None:
     ("text", "sentence"),
     [
         ("grid = 3", "x.toml has no grid; write at least one table [[grid]]"),
-        ("[[grid]", "x.toml is no TOML file: "),
+        ("[[grid]", "x.toml is not a TOML file: "),
         ("speed = 3", "x.toml: the key 'speed' is not known; there are description, resources, grid"),
         ("description = 3", "x.toml: description is 3, but a text is expected"),
         ("[resources]\ntpu = 1", "x.toml, resources: the key 'tpu' is not known; there are cpu, gpu, memory_gib"),
@@ -85,14 +85,14 @@ def test_a_file_that_is_no_suite(text: str, sentence: str) -> None:
     ("grid", "sentence"),
     [
         (f"task = 3\n{SOUND}", "x.toml, grid 2: task is 3, but a text is expected"),
-        (f'task = "nope"\n{SOUND}', "x.toml, grid 2: task 'nope' is not registered; registered are"),
+        (f'task = "nope"\n{SOUND}', "x.toml, grid 2: task 'nope' is not registered; the registered ones are"),
         (f'task = "gone"\n{SOUND}', "x.toml, grid 2: task 'gone' is registered as nowhere:Gone, but loading"),
         (f'task = "mute"\n{SOUND}', "task 'fake' has no grid"),
         (
             f"{SOUND}\nspeed = 3",
             "x.toml, grid 2: the key 'speed' is not known; there are task, resources, bits, seed, ",
         ),
-        (f'{SOUND}\ndevice = "cuda"', "x.toml, grid 2: device is no key; with gpu under resources"),
+        (f'{SOUND}\ndevice = "cuda"', "x.toml, grid 2: device is not a key; with gpu under resources"),
         ("seed = [0]", "x.toml, grid 2 lacks the key bits"),
         ('bits = "W3A3"\nseed = [0]', "x.toml, grid 2: bits is 'W3A3', but a list of one or more values"),
         ("bits = []\nseed = [0]", "x.toml, grid 2: bits is [], but a list of one or more values"),

@@ -171,7 +171,7 @@ RUNS = {"size": [48, 64], "counts": [48 * 64]}
 REFUSED: list[tuple[Callable[[Data], Any], str]] = [
     (first("images", id="a"), r"entry 0 of 'images' has the id 'a', but a whole number is expected"),
     (first("images", id=True), r"entry 0 of 'images' has the id True"),
-    (first("images", id=993), r"the id 993 is of several images"),
+    (first("images", id=993), r"the id 993 belongs to several images"),
     (first("images", file_name=3), r"image 1000 has the file_name 3, but a file's name is expected"),
     (first("images", file_name="a\0"), r"image 1000 has the file_name 'a\\x00'"),
     (first("images", width="64"), r"image 1000 has the width '64', but a whole number from 1 on is expected"),
@@ -181,7 +181,7 @@ REFUSED: list[tuple[Callable[[Data], Any], str]] = [
     (first("images", width=65), r"image .*1000\.png has 64×48 pixels, but annotation file .* gives 65×48 .*id 1000"),
     (first("images", width=48, height=64), r"1000\.png has 64×48 pixels, but annotation file .* gives 48×64"),
     (first("categories", id=[5]), r"entry 0 of 'categories' has the id \[5\]"),
-    (first("categories", id=9), r"the id 9 is of several categories"),
+    (first("categories", id=9), r"the id 9 belongs to several categories"),
     (first("categories", name=None), r"category 5 has the name None, but a text is expected"),
     (first("annotations", id={}), r"entry 0 of 'annotations' has the id {}"),
     (first("annotations", id=1e300), r"entry 0 of 'annotations' has the id 1000000"),
@@ -241,7 +241,7 @@ def test_a_pipe_is_no_annotation_file(root: Path) -> None:
     path = root / "annotations" / "instances_val2017.json"
     path.unlink()
     os.mkfifo(path)
-    with pytest.raises(IasvitError, match=r"instances_val2017\.json cannot be read \(it is no file\)"):
+    with pytest.raises(IasvitError, match=r"instances_val2017\.json cannot be read \(it is not a file\)"):
         CocoImages(root)
 
 

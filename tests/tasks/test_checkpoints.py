@@ -271,12 +271,12 @@ QUANTIZED = torch.quantize_per_tensor(PLAIN["weight"], 0.1, 0, torch.qint8)
 REFUSED: list[tuple[Any, str]] = [
     (b"", "is empty; was its download cut off"),
     (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "is a Git LFS pointer and not the file"),
-    (b"\n<!DOCTYPE html><html>", "is a web page and no weights"),
+    (b"\n<!DOCTYPE html><html>", "is a web page, not weights"),
     (b"epoch,loss\n1,0.5\n" * 40, "is neither a safetensors file nor a torch.save file"),
     (bytes(range(256)) * 8, "is neither"),
     (saved(PLAIN)[:600], "is neither"),
     (saved(PLAIN, _use_new_zipfile_serialization=False)[:-3], "is neither"),
-    (safetensors(PLAIN)[:-3], "is no whole safetensors file"),
+    (safetensors(PLAIN)[:-3], "is not a complete safetensors file"),
     (pickle.dumps(PLAIN), "is neither"),
     (pickle.dumps({"a": 1}, 2), "is neither"),
     ([PLAIN], "neither at its top nor under a key such as 'state_dict', 'model' or 'model_ema'; it holds a list"),
@@ -340,7 +340,7 @@ def test_what_is_no_file_is_refused_at_once(tmp_path: Path, kind: str) -> None:
         path.mkdir()
     elif kind == "device":
         path = Path("/dev/zero")
-    with pytest.raises(IasvitError, match=r"cannot be read: (it is no file|No such file)"):
+    with pytest.raises(IasvitError, match=r"cannot be read: (it is not a file|No such file)"):
         read_checkpoint(path)
 
 

@@ -177,7 +177,7 @@ def test_published_detectors_are_offered_where_there_are_weights() -> None:
     published.check("cascade_mask_rcnn_swin_b")
     assert published.weights("mask_rcnn_swin_s") == "mask_rcnn_swin_small_patch4_window7.pth"
     assert published.config("mask_rcnn_swin_s").classes == coco_classes()
-    with pytest.raises(IasvitError, match="no published weights of mask_rcnn_swin_b"):
+    with pytest.raises(IasvitError, match="no weights are published for mask_rcnn_swin_b"):
         published.check("mask_rcnn_swin_b")
     PublishedDetectors(pretrained=False).check("mask_rcnn_swin_b")
 
@@ -456,7 +456,7 @@ def test_a_threshold_is_part_of_the_configuration_and_a_path_is_not(tmp_path: Pa
     assert of("model['backbone'].update(depths=(1, 2), embed_dims=3)") == of(
         "model['backbone'].update(embed_dims=3, depths=[1, 2])"
     )
-    with pytest.raises(IasvitError, match=r"mine\.py has a value that results cannot be told apart by: a complex"):
+    with pytest.raises(IasvitError, match=r"mine\.py has a value that cannot identify a result: a complex"):
         of("model['odd'] = 1j")
 
 

@@ -22,7 +22,7 @@ def test_values_are_numbers_truth_values_or_text() -> None:
 
 @pytest.mark.parametrize("text", ["autocast", "=true", "autocast=", ""])
 def test_what_is_no_option_is_said(text: str) -> None:
-    with pytest.raises(IasvitError, match=f"--option '{text}' is not of the form NAME=VALUE, as autocast=true"):
+    with pytest.raises(IasvitError, match=f"--option '{text}' is not of the form NAME=VALUE, such as autocast=true"):
         parse_options([text])
 
 
@@ -46,7 +46,7 @@ def test_an_option_is_given_once_and_not_beside_its_own(texts: list[str], said: 
     [
         ({"lr": float("inf")}, "method 'ias_vit': lr is inf"),
         ({"sos": "maybe"}, "sos is 'maybe', but true or false"),
-        ({"sulq": "maybe"}, "--option sulq is no option of ias_vit"),
+        ({"sulq": "maybe"}, "--option sulq is not an option of ias_vit"),
         ({"iterations": "abc"}, "iterations is 'abc'"),
         ({"batch_size": True}, "batch_size is True"),
     ],
@@ -77,7 +77,7 @@ def test_seeds_are_those_of_all_generators() -> None:
         (3, None, "cpu", "real", 3),
         (3, 1, "cpu", "real", 3),
         (1, 4, "cpu", "embedded", 1),
-        (2, None, "cuda", "real", "--jobs is 2, but cells run side by side on a CPU alone"),
+        (2, None, "cuda", "real", "--jobs is 2, but cells run side by side on a CPU only"),
         (2, 4, "cpu", "real", "--threads is 4, but cells side by side have one thread each"),
     ],
 )
@@ -101,7 +101,7 @@ def test_a_device_that_computes_nothing_here_is_refused(name: str) -> None:
 
 def test_an_unknown_option_is_named() -> None:
     specs = [QuantSpec.parse("W4A4")]
-    with pytest.raises(IasvitError, match="--option no_such is no option of ias_vit, rtn"):
+    with pytest.raises(IasvitError, match="--option no_such is not an option of ias_vit, rtn"):
         make_cells(["m"], specs, ["ias_vit", "rtn"], [0], 4, Profile(), parse_options(["no_such=1"]))
     cells = make_cells(
         ["m"], specs, ["ias_vit", "rtn"], [0], 4, Profile(iterations=9), parse_options(["autocast=true"])

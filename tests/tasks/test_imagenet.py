@@ -496,7 +496,7 @@ def test_cells_are_all_combinations_with_the_options_that_their_method_takes(
     assert {cell.options for cell in cells if cell.method == "repq_vit"} == {()}
     steps = {cell.spec: dict(cell.options)["iterations"] for cell in cells if cell.method == "ias_vit"}
     assert steps == {"W3A3": 1000, "W6A6": 200}
-    with pytest.raises(IasvitError, match="--lr is no option of repq_vit"):
+    with pytest.raises(IasvitError, match="--lr is not an option of repq_vit"):
         make_cells(["vit_s"], specs, ["repq_vit"], [0], 32, PAPER, {"lr": 1e-3})
 
 

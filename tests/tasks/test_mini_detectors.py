@@ -287,7 +287,7 @@ def test_weight_decay_spares_norms_biases_and_positions() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--steps", "2", "--processes", "3"], "--batch-size 16 is no multiple of --processes 3"),
+        (["--steps", "2", "--processes", "3"], "--batch-size 16 is not a multiple of --processes 3"),
         (["--steps", "2", "--device", "cuda:99"], "no usable CUDA device"),
     ],
 )

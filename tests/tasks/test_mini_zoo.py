@@ -177,7 +177,7 @@ def test_checkpoint_cut_short_is_no_safetensors_file(tmp_path: Path) -> None:
     path = zoo.checkpoint_path("deit_t", tmp_path)
     zoo.save(zoo.build("deit_t"), path, {})
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(IasvitError, match="no readable safetensors file"):
+    with pytest.raises(IasvitError, match="not a readable safetensors file"):
         zoo.load("deit_t", folder=tmp_path)
 
 
@@ -236,7 +236,7 @@ def test_what_training_cannot_start_from(tmp_path: Path, capsys: pytest.CaptureF
         (["--init", str(tmp_path / "none.safetensors")], "none.safetensors"),
         (
             ["--init", str(path), "--backbone", "swin_t"],
-            "--init is of one backbone, but 2 are asked for: deit_t",
+            "--init holds one backbone, but 2 are asked for: deit_t",
         ),
     ):
         assert train.main([*arguments, *more]) == 2

@@ -120,7 +120,7 @@ def test_bad_input(
             (folder / path.name).write_bytes(path.read_bytes())
         return folder
 
-    assert "nowhere is no folder" in says("--source", tmp_path / "nowhere")
+    assert "nowhere is not a folder" in says("--source", tmp_path / "nowhere")
     (tmp_path / "void").mkdir()
     assert "vit_s14.safetensors cannot be read" in says("--source", tmp_path / "void")
     assert "--jobs is 0" in says("--source", source, "--jobs", 0)

@@ -45,7 +45,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["TINY"], "the checkpoint's model takes images 3×32×32, but those of --data mini are 3×56×56"),
         (["deit_t", "--images", 0], "--images is 0, but 1 or more is expected"),
         (["deit_t", "--out", "FILE"], "cannot be written: File exists; choose another one"),
-        (["deit_t", "--iterations", 2], "--iterations is no option of minmax"),
+        (["deit_t", "--iterations", 2], "--iterations is not an option of minmax"),
     ],
 )
 def test_bad_targets_are_one_sentence(

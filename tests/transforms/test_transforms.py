@@ -154,7 +154,7 @@ def test_a_rotated_model_is_described_and_rebuilt() -> None:
     rebuilt.load_state_dict(rotated.state_dict())
     assert difference(rotated, rebuilt, tiny.images(2)) == 0
     assert "norm" not in describe(model)
-    with pytest.raises(IasvitError, match="norm 'batch' is not supported; supported are layer, rms"):
+    with pytest.raises(IasvitError, match="norm 'batch' is not supported; the supported ones are layer, rms"):
         build({**describe(rotated), "norm": "batch"})
 
 
@@ -251,7 +251,7 @@ REFUSED = {
     ),
     "clamp_percentile is 0": lambda: relu_mlps(tiny.vit(), tiny.images(2), clamp_percentile=0),
     "iterations of 0 or more": lambda: relu_mlps(tiny.vit(), tiny.images(2), iterations=-1),
-    "came to NaN or Inf; give a lower lr": lambda: relu_mlps(tiny.vit(), tiny.images(2), iterations=9, lr=1e30),
+    "reached NaN or Inf; give a lower lr": lambda: relu_mlps(tiny.vit(), tiny.images(2), iterations=9, lr=1e30),
     "alpha is 2": lambda: smooth_channels(tiny.vit(), tiny.images(2), alpha=2),
     "quantized already": lambda: rotate_heads(iasvit.quantize(tiny.vit(), tiny.images(2), "W8A8", "minmax")),
 }

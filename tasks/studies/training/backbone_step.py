@@ -84,7 +84,9 @@ class Stepper:
                 self._step()
             self.cuda_graph = graph
         except RuntimeError as error:
-            logger.warning("%s: CUDA graph capture failed, going on without: %s", self.name, str(error).splitlines()[0])
+            logger.warning(
+                "%s: CUDA graph capture failed, continuing without: %s", self.name, str(error).splitlines()[0]
+            )
 
     def __call__(self, index: Tensor, progress: float) -> None:
         """Train on the images of these numbers (int64 batch_size, CPU); the run is at `progress`, from 0 to 1."""
@@ -114,7 +116,7 @@ class Stepper:
         except Exception as error:
             if not self.compile or self.count > 0:
                 raise
-            logger.warning("%s: torch.compile failed, going on without: %s", self.name, str(error).splitlines()[0])
+            logger.warning("%s: torch.compile failed, continuing without: %s", self.name, str(error).splitlines()[0])
             for module in self.model.modules():
                 module._compiled_call_impl = None  # what Module.compile sets
             self._step()

@@ -37,11 +37,11 @@ POSITIVE = (
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that both commands have: device, folder, seed, and what replaces a recipe's values."""
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ...")
-    parser.add_argument("--out", type=Path, default=zoo.CHECKPOINTS, help="folder of the checkpoints and the log")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:1")
+    parser.add_argument("--out", type=Path, default=zoo.CHECKPOINTS, help="folder for the checkpoints and the log")
     parser.add_argument("--seed", type=int, default=0)
     for name, kind in RECIPE_OPTIONS.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help="instead of the recipe's")
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help="in place of the recipe's value")
 
 
 def parse(parser: argparse.ArgumentParser, arguments: list[str] | None) -> argparse.Namespace:

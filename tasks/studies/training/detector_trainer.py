@@ -199,7 +199,7 @@ def read_state(run: Run) -> dict[str, Any] | None:
         before = json.loads(state["identity"])
     except Exception as error:  # whatever torch's unpickler raises on a damaged file
         raise IasvitError(
-            f"{run.state_path} cannot be read ({reason(error)}); delete it to begin the run anew"
+            f"{run.state_path} cannot be read ({reason(error)}); delete it to start the run again"
         ) from None
     now = json.loads(json.dumps(run.identity))
     if before != now:
