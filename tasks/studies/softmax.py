@@ -18,14 +18,15 @@ import torch
 import typer
 from torch import Tensor, nn
 
-from iasvit.calibration import calibrate_inputs, enabled
+from iasvit.blockwise.output_search import search_bases
+from iasvit.calibration import calibrate_inputs, calibration_store, enabled
 from iasvit.cli import main, make_app
 from iasvit.errors import IasvitError, reason
 from iasvit.files import replacing
 from iasvit.models import Site, insert_quantizers
 from iasvit.nn import quantizers_of
 from iasvit.progress import Progress
-from iasvit.quantizers import SOFTMAX_QUANTIZERS, Quantizer, UniformQuantizer
+from iasvit.quantizers import SOFTMAX_QUANTIZERS, AdaLogQuantizer, Quantizer, UniformQuantizer
 from iasvit.spec import QuantSpec
 from tasks.classification.setup import find_source, make_setup
 from tasks.command import at_least, check_models, make_device, print_logs, unique
@@ -33,6 +34,7 @@ from tasks.imagenet import ImageNetTask
 
 METRICS = ("top1", "agreement", "cosine")
 NOISE = "noise"
+BY_OUTPUT = "adalog_by_output"  # AdaLog whose scale and base are chosen by the error of A·V, as in `unison`
 
 app = make_app()
 
@@ -56,10 +58,14 @@ def with_softmax_quantizer(model: nn.Module, images: Tensor, kind: str, n_bits: 
     Args:
         model: full precision.
         images: float32 n×3×H×W, to calibrate on.
-        kind: a name in `SOFTMAX_QUANTIZERS`, or NOISE.
+        kind: a name in `SOFTMAX_QUANTIZERS`, BY_OUTPUT, or NOISE.
         n_bits: of a code; NOISE has none.
     """
-    makers: dict[str, Callable[[int], Quantizer]] = {**SOFTMAX_QUANTIZERS, NOISE: UniformQuantizer}
+    makers: dict[str, Callable[[int], Quantizer]] = {
+        **SOFTMAX_QUANTIZERS,
+        BY_OUTPUT: AdaLogQuantizer,
+        NOISE: UniformQuantizer,
+    }
 
     def activation(site: Site) -> Quantizer:
         return (makers[kind] if site.role == "softmax" else UniformQuantizer)(site.n_bits)
@@ -78,6 +84,8 @@ def with_softmax_quantizer(model: nn.Module, images: Tensor, kind: str, n_bits: 
         maps = [(f"{name}.matmul_av.left_quantizer", product.left_quantizer) for name, product in products]
         with enabled(maps, False):
             calibrate_inputs(maps, lambda: quantized(images))
+        if kind == BY_OUTPUT:
+            search_bases(quantized, calibration_store(images, images.device), len(images), None)
         for _, quantizer in maps:
             quantizer.enabled = True
     return quantized.eval()
@@ -87,7 +95,7 @@ def variants(n_bits: list[int]) -> Iterator[tuple[str, int]]:
     """(kind, bits) of all rows but that of full precision."""
     yield NOISE, 8
     for bits in n_bits:
-        for kind in SOFTMAX_QUANTIZERS:
+        for kind in (*SOFTMAX_QUANTIZERS, BY_OUTPUT):
             yield kind, bits
 
 
