@@ -23,6 +23,9 @@ function make(name, attributes = {}, ...children) {
   return node;
 }
 
+/** A name that may break behind "_" and "=". */
+const breakable = name => name.split(/(?<=[_=])/).flatMap((part, index) => (index ? [make("wbr"), part] : [part]));
+
 const hidden = text => make("span", { class: "hidden" }, text);
 const text = place => data.texts[place ?? 0];
 const unique = values => [...new Set(values)];
@@ -78,7 +81,7 @@ function resolve() {
   const timed = unique(cells.filter(isTimed).map(cell => cell.model));
   return { table, bits, metric, cells, models, view, timed, missing,
     model: view === "scatter" && timed.length ? choose("model", timed) : null,
-    sort: choose("sort", ["loss", "method", ...models.map(model => "model:" + model)]),
+    sort: choose("sort", [...(models.length > 1 ? ["loss"] : []), ...models.map(model => "model:" + model), "method"]),
     reversed: address.get("order") === "reversed" };
 }
 
@@ -131,16 +134,21 @@ function overview(state, method) {
   };
 }
 
-/** Order: by mean difference, methods that do not compete last; or by one column. What has no value is always last. */
+/**
+ * Order: by mean difference, or by one column, the best first. Methods that do not compete come last, and so does what
+ * has no value; a mean over less than half of the models comes after those over more.
+ */
 function order(state, rows) {
   const metric = state.table.metrics[state.metric];
   const sign = (metric.higher ? -1 : 1) * (state.reversed ? -1 : 1);
   const byName = (a, b) => a.method.localeCompare(b.method);
   const model = state.sort.startsWith("model:") ? state.sort.slice(6) : null;
+  const few = row => 2 * row.count < state.models.length;
   const key = row => (model === null ? row.gap : row.cells.get(model)?.value);
   return rows.sort((a, b) => {
     if (state.sort === "method") return state.reversed ? byName(b, a) : byName(a, b);
-    if (model === null && a.apart !== b.apart) return a.apart ? 1 : -1;
+    if (model === null && few(a) !== few(b) && a.apart === b.apart) return few(a) ? 1 : -1;
+    if (a.apart !== b.apart) return a.apart ? 1 : -1;
     const [x, y] = [key(a), key(b)];
     if ((x === undefined) !== (y === undefined)) return x === undefined ? 1 : -1;
     return (x === undefined ? 0 : sign * (x - y)) || byName(a, b);
@@ -149,31 +157,31 @@ function order(state, rows) {
 
 function heading(state, key, name, attributes = {}) {
   const sorted = state.sort === key;
-  const down = (key === "method") === state.reversed; // numbers: the best comes first, which mostly is the largest
-  const change = () => go({ sort: key === "loss" ? "" : key, order: sorted && !state.reversed ? "reversed" : "" });
-  return make("th", { scope: "col", "aria-sort": sorted ? (down ? "descending" : "ascending") : null, ...attributes },
-    make("button", { type: "button", id: "sort-" + key, click: change }, name));
+  const best = key === "method" ? "ascending" : state.table.metrics[state.metric].higher ? "descending" : "ascending";
+  const way = state.reversed ? (best === "ascending" ? "descending" : "ascending") : best;
+  const change = () => go({ sort: key, order: sorted && !state.reversed ? "reversed" : "" });
+  return make("th", { scope: "col", "aria-sort": sorted ? way : null, ...attributes },
+    make("button", { type: "button", id: "sort-" + key, click: change }, ...breakable(name)));
 }
 
 function matrixCell(state, cell) {
   if (!cell) return make("td", { class: "value number" }, make("span", { class: "quiet" }, NONE, hidden(" not available")));
   const metric = state.table.metrics[state.metric];
   const failed = cell.value === undefined;
-  const value = failed ? "failed" : cell.value.toFixed(metric.digits) + spread(cell, metric.digits);
+  const value = failed ? "failed" : cell.value.toFixed(metric.digits);
   return make("td", { class: "value number " + lossClass(cell, metric) },
     make("button", { type: "button", tabindex: "-1", "aria-haspopup": "dialog", click: () => show(state, cell) },
       make("span", { class: cell.best ? "best" : null }, value), cell.best ? hidden(" best") : null,
-      cell.note && !failed ? make("span", { "aria-hidden": "true" }, " †") : null,
+      cell.std === undefined ? null : make("span", { class: "spread" }, " ±" + cell.std.toFixed(metric.digits)),
+      cell.note && !failed ? make("sup", { "aria-hidden": "true" }, "†") : null,
       cell.gap === undefined ? null : make("small", {}, hidden(", difference to full precision "), signed(cell.gap, metric.digits))));
 }
 
 /** What the admission rules say of a method's cells. */
-function rulesCell(row, published) {
+function rulesCell(row) {
   const cells = [...row.cells.values()];
   const known = cells.filter(cell => cell.rules !== undefined).map(cell => data.rules[cell.rules]);
-  if (!known.length) {
-    return make("td", { class: "rules quiet" }, published ? "the paper's own; not checked here" : "not computed");
-  }
+  if (!known.length) return make("td", { class: "rules quiet" }, "not computed");
   const broken = unique(known.flatMap(rules => rules.broken));
   const parts = [broken.length ? "breaks: " + broken.join("; ") : "keeps the rules"];
   if (known.some(rules => rules.changed)) parts.push("network changed");
@@ -185,23 +193,25 @@ function rulesCell(row, published) {
 function matrix(state) {
   const { table, models } = state;
   const metric = table.metrics[state.metric];
+  const several = models.length > 1, measured = table.kind !== "published";
   const rows = order(state, unique(state.cells.map(cell => cell.method)).map(method => overview(state, method)));
   const full = models.map(model => state.cells.find(cell => cell.model === model && cell.gap !== undefined && cell.value !== undefined));
   const head = make("tr", {},
     heading(state, "method", "method"),
-    heading(state, "loss", "mean difference", { class: "number" }),
+    several ? heading(state, "loss", "mean difference", { class: "number" }) : null,
     ...models.map(model => heading(state, "model:" + model, model, { class: "number" })),
-    make("th", { scope: "col", class: "rules" }, "admission rules"));
-  const first = make("tr", { class: "full" }, make("th", { scope: "row" }, "full precision"), make("td", {}),
-    ...full.map(cell => make("td", { class: "number" }, cell ? (cell.value - cell.gap).toFixed(metric.digits) : NONE)), make("td", {}));
+    measured ? make("th", { scope: "col", class: "rules" }, "admission rules") : null);
+  const first = make("tr", { class: "full" }, make("th", { scope: "row" }, "full precision"), several ? make("td", {}) : null,
+    ...full.map(cell => make("td", { class: "number" }, cell ? (cell.value - cell.gap).toFixed(metric.digits) : NONE)),
+    measured ? make("td", {}) : null);
   const body = rows.map(row => make("tr", { "data-method": row.method },
-    make("th", { scope: "row" }, row.method),
-    make("td", { class: "number" }, row.gap === undefined ? NONE : signed(row.gap, metric.digits),
+    make("th", { scope: "row" }, ...breakable(row.method)),
+    !several ? null : make("td", { class: "number" }, row.gap === undefined ? NONE : signed(row.gap, metric.digits),
       row.gap !== undefined && row.count < models.length ? make("small", { class: "quiet" }, `${row.count} of ${models.length}`) : null),
     ...models.map(model => matrixCell(state, row.cells.get(model))),
-    rulesCell(row, table.kind === "published")));
+    measured ? rulesCell(row) : null));
   const grid = make("table", { class: "matrix", keydown: moveInGrid, focusin: stopAt },
-    make("caption", {}, caption(state)), make("thead", {}, head), make("tbody", {}, first, ...body));
+    make("caption", {}, make("span", {}, caption(state))), make("thead", {}, head), make("tbody", {}, first, ...body));
   grid.querySelector("td button")?.setAttribute("tabindex", "0");
   const scroll = make("div", { class: "scroll", role: "region", tabindex: "0", "aria-label": "matrix of methods and backbones" }, grid);
   return [scroll, legend(metric), notes(state)];
@@ -215,7 +225,7 @@ function caption(state) {
   return [
     `${state.metric}${metric.higher ? "" : " (lower is better)"} at ${state.bits}`,
     images.length ? `${range(images)} images` : null,
-    seeds.length ? `mean of ${range(seeds)} seed${seeds.at(-1) > 1 ? "s" : ""}` : null,
+    seeds.length ? (seeds.at(-1) > 1 ? `mean ± standard deviation of ${range(seeds)} seeds` : "one seed") : null,
     errors.length ? `standard error at most ${errors.at(-1).toFixed(metric.digits)}` : null,
   ].filter(Boolean).join(", ") + ". Below each value: its difference to full precision. The best of a column is bold. "
     + "A cell opens its settings and its source; arrow keys move between cells.";
@@ -232,9 +242,10 @@ function legend(metric) {
 function notes(state) {
   const found = unique(state.cells.filter(cell => cell.note && cell.value !== undefined).map(cell => text(cell.note)));
   const other = found.length ? `† ${found.length > 1 ? "Each cell says what:" : ""} ${found.slice(0, 3).join("; ")}${found.length > 3 ? "; …" : ""}. ` : "";
-  const rules = "Admission rules: at most 2ᵇ values a quantizer, whole zero-points, static parameters, activations per tensor, nothing "
+  const rules = state.table.kind === "published" ? "Each paper keeps rules of its own, which are not checked here. " : "Admission rules: at most 2ᵇ values a quantizer, whole zero-points, static parameters, activations per tensor, nothing "
     + "but the image in float; computed from the quantized model. ";
-  const mean = "The mean difference is over the backbones that a method has a value for; methods of weights only come last.";
+  const mean = "Methods that quantize weights only cannot be the best, and come last."
+    + (state.models.length > 1 ? " The mean difference is over the backbones that a method has a value for." : "");
   return make("p", { class: "quiet" }, other + rules + mean);
 }
 
@@ -292,7 +303,7 @@ function scatter(state) {
     make("td", { class: "number" }, cell.seconds.toFixed(1))));
   const heads = ["point", "method", state.metric, "difference", "seconds"];
   const list = make("table", {},
-    make("caption", {}, `${state.metric} of ${state.model} at ${bits} and seconds of quantization on ${device}` + (left ? `. Left out: ${left}.` : ".")),
+    make("caption", {}, make("span", {}, `${state.metric} of ${state.model} at ${bits} and seconds of quantization on ${device}` + (left ? `. Left out: ${left}.` : "."))),
     make("thead", {}, make("tr", {}, ...heads.map(name => make("th", { scope: "col", class: name === "method" ? null : "number" }, name)))),
     make("tbody", {}, ...rows));
   requestAnimationFrame(() => draw(figure, state, points));
@@ -324,16 +335,16 @@ function draw(figure, state, points) {
     svg.append(make("line", { class: "axis", x1: at, x2: at, y1: box.top, y2: box.bottom }),
       make("text", { x: at, y: box.bottom + 16, "text-anchor": "middle" }, label));
   }
-  for (let index = 0; index <= 4; index++) {
-    const value = low + ((high - low) * index) / 4;
+  for (const value of round(low, high)) {
     svg.append(make("line", { class: "axis", x1: box.left, x2: box.right, y1: y(value), y2: y(value) }),
-      make("text", { x: box.left - 6, y: y(value) + 4, "text-anchor": "end" }, value.toFixed(high - low < 4 ? 2 : 0)));
+      make("text", { x: box.left - 6, y: y(value) + 4, "text-anchor": "end" }, Number(value.toPrecision(6)).toString()));
   }
   svg.append(make("text", { x: (box.left + box.right) / 2, y: height - 6, "text-anchor": "middle" }, "seconds of quantization"));
   if (full) svg.append(make("line", { class: "full", x1: box.left, x2: box.right, y1: y(full.value - full.gap), y2: y(full.value - full.gap) }));
   svg.append(make("path", { class: "front", d: front(points, metric).map((cell, index) =>
     (index ? `H${x(cell)}V${y(cell.value)}` : `M${x(cell)} ${y(cell.value)}`)).join("") }));
-  const taken = [];
+  const taken = points.map(cell => ({ x: x(cell) - 6, y: y(cell.value) + 4, width: 12 })); // labels cover no point
+  const labels = [];
   const tip = make("div", { id: "tip", hidden: true });
   points.forEach((cell, index) => {
     const label = names ? cell.method : String(index + 1);
@@ -341,6 +352,7 @@ function draw(figure, state, points) {
     if (Math.abs(place - y(cell.value) - 4) > 8) {
       svg.append(make("line", { class: "lead", x1: x(cell), y1: y(cell.value), x2: x(cell) + 8, y2: place - 4 }));
     }
+    labels.push(make("text", { x: x(cell) + 9, y: place, "aria-hidden": "true" }, label));
     const words = `${cell.method}\n${state.metric} ${cell.value.toFixed(metric.digits)}${spread(cell, metric.digits)}`
       + (cell.gap === undefined ? "" : ` (${signed(cell.gap, metric.digits)})`) + `\n${cell.seconds.toFixed(1)} seconds`;
     const over = () => {
@@ -354,14 +366,23 @@ function draw(figure, state, points) {
     svg.append(make("g", { class: "point" + (cell.apart ? " apart" : ""), tabindex: "0", role: "button", "aria-label": words.replaceAll("\n", ", "),
       pointerenter: over, focus: over, pointerleave: out, blur: out, click: open,
       keydown: event => { if (event.key === "Enter" || event.key === " ") { event.preventDefault(); open(); } } },
-    make("circle", { cx: x(cell), cy: y(cell.value), r: 6 }), make("text", { x: x(cell) + 9, y: place }, label)));
+    make("circle", { cx: x(cell), cy: y(cell.value), r: 6 })));
   });
+  svg.append(...labels);
   figure.replaceChildren(svg, tip);
 }
 
 function padded(low, high) {
   const room = (high - low || Math.abs(high) || 1) * 0.06;
   return [low - room, high + room];
+}
+
+/** About five round numbers between two. */
+function round(low, high) {
+  const power = 10 ** Math.floor(Math.log10((high - low) / 5));
+  const step = [1, 2, 5, 10].map(factor => factor * power).find(one => (high - low) / one <= 6);
+  const first = Math.ceil(low / step);
+  return [...Array(Math.floor(high / step) - first + 1).keys()].map(index => (first + index) * step);
 }
 
 /** Seconds at 1, 2 and 5 times powers of ten, only the powers where those would be many. */

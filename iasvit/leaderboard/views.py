@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import pandas as pd
 
@@ -82,7 +83,7 @@ def _measured(document: Document) -> list[Value]:
         if not metric.primary:
             continue
         best = competing(cells).groupby("model_label")[metric.name].agg("max" if metric.higher_is_better else "min")
-        for cell in cells.to_dict("records"):
+        for cell in _in_order(cells, ordered_models(cells, document.model_order)):
             failed = not cell["n"]
             value = cell[metric.name]
             notes = ["failed"] * failed + [cell["other_version"]] * bool(cell["other_version"])
@@ -124,6 +125,7 @@ def _published(document: Document) -> list[Value]:
     values = []
     for metric in document.metrics:
         part = document.frame[document.frame["metric"] == metric.name]
+        part = part.assign(model_label=part["model"])
         best = part.groupby("model")["value"].agg("max" if metric.higher_is_better else "min")
         values += [
             Value(
@@ -142,9 +144,14 @@ def _published(document: Document) -> list[Value]:
                 source=row["source"],
                 best=row["value"] == best[row["model"]],
             )
-            for row in part.to_dict("records")
+            for row in _in_order(part, ordered_models(part, document.model_order))
         ]
     return values
+
+
+def _in_order(cells: pd.DataFrame, models: Sequence[str]) -> list[dict[str, Any]]:
+    """The cells in the order of their models."""
+    return sorted(cells.to_dict("records"), key=lambda cell: models.index(cell["model_label"]))
 
 
 def _number(value: float) -> float | None:
