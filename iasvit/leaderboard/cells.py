@@ -84,7 +84,8 @@ def aggregate(rows: pd.DataFrame, metrics: Sequence[Metric]) -> pd.DataFrame:
         rows: of `labelled`, of one table.
         metrics: those to aggregate.
     """
-    rows = rows.reindex(columns=list(dict.fromkeys([*rows.columns, *(metric.name for metric in metrics), *COST, "admission", "transformed"])))
+    needed = [*(metric.name for metric in metrics), *COST, "admission", "transformed"]
+    rows = rows.reindex(columns=list(dict.fromkeys([*rows.columns, *needed])))
     groups = rows.groupby(_CELL, sort=True)
     done = rows[rows["status"] == "ok"].groupby(_CELL, sort=True)
     cells = groups[["method", "model", "weights", "settings", "weights_only"]].first()

@@ -136,14 +136,14 @@ function overview(state, method) {
 
 /**
  * Order: by mean difference, or by one column, the best first. Methods that do not compete come last, and so does what
- * has no value; a mean over less than half of the models comes after those over more.
+ * has no value; a mean over half of the models or fewer comes after those over more.
  */
 function order(state, rows) {
   const metric = state.table.metrics[state.metric];
   const sign = (metric.higher ? -1 : 1) * (state.reversed ? -1 : 1);
   const byName = (a, b) => a.method.localeCompare(b.method);
   const model = state.sort.startsWith("model:") ? state.sort.slice(6) : null;
-  const few = row => 2 * row.count < state.models.length;
+  const few = row => 2 * row.count <= state.models.length;
   const key = row => (model === null ? row.gap : row.cells.get(model)?.value);
   return rows.sort((a, b) => {
     if (state.sort === "method") return state.reversed ? byName(b, a) : byName(a, b);
@@ -245,7 +245,7 @@ function notes(state) {
   const rules = state.table.kind === "published" ? "Each paper keeps rules of its own, which are not checked here. " : "Admission rules: at most 2ᵇ values a quantizer, whole zero-points, static parameters, activations per tensor, nothing "
     + "but the image in float; computed from the quantized model. ";
   const mean = "Methods that quantize weights only cannot be the best, and come last."
-    + (state.models.length > 1 ? " The mean difference is over the backbones that a method has a value for." : "");
+    + (state.models.length > 1 ? " The mean difference is over the backbones that a method has a value for; a mean over half of them or fewer comes after the others." : "");
   return make("p", { class: "quiet" }, other + rules + mean);
 }
 

@@ -109,7 +109,8 @@ def _index(documents: Iterable[Document], images: Iterable[str]) -> str:
     lines = [f"- [{escape(document.title)}]({document.name}.md) ([CSV]({document.name}.csv))" for document in documents]
     shown = [f"![{escape(Path(name).stem)}]({quote(name)})" for name in images]
     tables = "\n".join(lines)
-    return "\n\n".join([MADE, "# Leaderboard", "[All tables on one page](index.html): open it in a browser", tables, _COLUMNS, *shown]) + "\n"
+    link = "[All tables on one page](index.html): open it in a browser"
+    return "\n\n".join([MADE, "# Leaderboard", link, tables, _COLUMNS, *shown]) + "\n"
 
 
 def _fill(readme: Path, documents: Sequence[Document], report: Callable[[str], None]) -> str | None:
