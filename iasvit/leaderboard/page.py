@@ -17,6 +17,7 @@ from markupsafe import Markup
 
 from iasvit.benchmark.task import EMBEDDED, REAL
 from iasvit.leaderboard.markdown import PUBLISHED
+from iasvit.rules import violations
 
 _HERE = Path(__file__).parent
 _ORDER = (REAL, EMBEDDED, PUBLISHED)  # of the tables' tabs
@@ -90,23 +91,6 @@ def page(values: Sequence[Value]) -> str:
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "sort_keys": False}
     style, script = (Markup((_HERE / name).read_text(encoding="utf-8")) for name in ("page.css", "page.js"))
     return environment.get_template("page.html").render(data=_data(values), style=style, script=script)
-
-
-def violations(rules: str) -> list[str]:
-    """What breaks the common rule, read from `str(Admission)`: the same as `Admission.violations`."""
-    found = []
-    for part in rules.split("; "):
-        if match := re.fullmatch(r"(\d+) codes at (\d+) bits", part):
-            codes, bits = map(int, match.groups())
-            found += [f"{codes} values at {bits} bits"] * (codes > 2**bits)
-        elif part == "dynamic":
-            found.append("dynamic parameters")
-        elif part == "fractional zero-points" or re.fullmatch(r"activations per (?!tensor$).*", part):
-            found.append(part)
-        elif part.startswith("float: "):
-            operands = part.removeprefix("float: ").split(", ")
-            found += [f"{operand} in float" for operand in operands if operand not in ("image", "nothing")]
-    return found
 
 
 def _data(values: Iterable[Value]) -> dict[str, Any]:
