@@ -93,7 +93,7 @@ class SwinAdapter(Adapter):
             "depths": [len(stage.blocks) for stage in model.layers],
             "num_heads": [block.attn.num_heads for block in blocks],
             "head_dim": [block.attn.proj.in_features // block.attn.num_heads for block in blocks],
-            "strict_img_size": model.patch_embed.strict_img_size,
+            "strict_img_size": not model.dynamic_img_size,
             "stages": [
                 {
                     "feat_size": list(stage.input_resolution),
