@@ -274,6 +274,45 @@ def _leaderboard(
         print(path)
 
 
+@_app.command("submit")
+def _submit(
+    method: Annotated[str, typer.Argument(help="A Python file, a module, or a registered method.", metavar="METHOD")],
+    name: Annotated[
+        str | None, typer.Option("--class", help="The method's class, where METHOD has several.", show_default=False)
+    ] = None,
+    backbone: Annotated[str, typer.Option(help="A backbone of the mini benchmark.")] = "deit_t",
+    bits: Annotated[str, typer.Option(help='Bits of weights and activations, "W3A3".')] = "W4A4",
+    seed: Annotated[int, typer.Option(help="Of calibration images and method.")] = 0,
+    calib_size: Annotated[int | None, typer.Option(help="Calibration images. [default: those of mini]")] = None,
+    limit: Annotated[int, typer.Option(help="Images that are evaluated.")] = 1000,
+    options: Annotated[
+        list[str] | None, typer.Option("--option", help="Repeatable; NAME=VALUE, of the method.", show_default=False)
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="[cuda where there is one, else cpu]")] = None,
+) -> None:
+    """Measure one mini cell of your method, print its row, and say which admission rules it breaks.
+
+    METHOD is executed. Nothing is stored. Exit status: 0 where all rules are kept, 1 where one is broken or the method
+    failed, 2 for bad input.
+    """
+    with interruptible():
+        from iasvit.submit import submit  # torch, which takes seconds
+
+    verdict = submit(
+        method,
+        name,
+        backbone=[backbone],
+        bits=[bits],
+        seed=[seed],
+        calib_size=calib_size,
+        limit=limit,
+        option=options,
+        device=device,
+    )
+    print(verdict)
+    raise typer.Exit(int(bool(verdict.faults)))
+
+
 _HANDED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
 

@@ -20,7 +20,7 @@ LAYERS = {
     "nn": {"errors", "quantizers"},
     "models": {"errors", "plugins", "quantizers", "spec", "nn"},
 }
-UPPER = ("benchmark", "leaderboard", "sweep", "cli", "__main__")  # nothing below may import them
+UPPER = ("benchmark", "leaderboard", "submit", "sweep", "cli", "__main__")  # nothing below may import them
 
 
 def modules() -> dict[str, Path]:

@@ -75,7 +75,7 @@ def _distinguish(settings: pd.Series) -> pd.Series:
 
 
 def aggregate(rows: pd.DataFrame, metrics: Sequence[Metric]) -> pd.DataFrame:
-    """One row a cell: its labels, n, failed and other_version, mean, std and fp of each metric, and mean cost.
+    """One row a cell: labels, n, failed, other_version, rules; mean, std and fp of each metric; and mean cost.
 
     The standard deviation is the sample's (n - 1), and NaN for one seed. Where seeds were measured on several devices,
     cost is that of the rows on the one with most of them, `device`.
@@ -84,7 +84,8 @@ def aggregate(rows: pd.DataFrame, metrics: Sequence[Metric]) -> pd.DataFrame:
         rows: of `labelled`, of one table.
         metrics: those to aggregate.
     """
-    rows = rows.reindex(columns=list(dict.fromkeys([*rows.columns, *(metric.name for metric in metrics), *COST])))
+    needed = [*(metric.name for metric in metrics), *COST, "admission", "transformed"]
+    rows = rows.reindex(columns=list(dict.fromkeys([*rows.columns, *needed])))
     groups = rows.groupby(_CELL, sort=True)
     done = rows[rows["status"] == "ok"].groupby(_CELL, sort=True)
     cells = groups[["method", "model", "weights", "settings", "weights_only"]].first()
@@ -92,6 +93,9 @@ def aggregate(rows: pd.DataFrame, metrics: Sequence[Metric]) -> pd.DataFrame:
     cells["failed"] = groups["status"].agg(lambda status: int((status == "failed").sum()))
     cells["other_version"] = groups["other_version"].agg(lambda texts: "; ".join(sorted(set(texts) - {""})))
     cells["command"] = groups["command"].agg(lambda commands: "\n".join(dict.fromkeys(commands)))
+    for name, column in (("rules", "admission"), ("transformed", "transformed")):
+        texts = groups[column].agg(lambda texts: tuple(sorted({text for text in texts if text and pd.notna(text)})))
+        cells[name] = texts if name == "rules" else texts.map("\n".join)
     for metric in metrics:
         values = done[metric.name]
         cells[metric.name] = values.mean().reindex(cells.index).astype(float)
@@ -132,7 +136,7 @@ def cells_as_data(cells: pd.DataFrame, metrics: Sequence[Metric], identity: dict
         metrics: those of the cells; gaps are of the primary ones.
         identity: names and values of the first columns.
     """
-    data = cells.drop(columns=[*_CELL, "command"])
+    data = cells.drop(columns=[*_CELL, "command", "rules", "transformed"])
     for metric in (metric.name for metric in metrics if metric.primary and f"fp_{metric.name}" in cells):
         gaps = {f"gap_{metric}": data[metric] - data[f"fp_{metric}"]}
         if (name := f"published_{metric}") in data:

@@ -1,48 +1,55 @@
-"""The leaderboard as one page: sortable tables, filters and plots, without a server or a script from elsewhere."""
+"""The leaderboard as one HTML file: matrices and scatter plots, without a server and without anything from elsewhere.
+
+`page.html`, `page.css` and `page.js` beside this module are the template; the values are JSON in it, and the script
+draws them.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import quote
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-_COLUMNS = {  # key → (heading, is a number)
-    "method": ("method", False),
-    "model": ("model", False),
-    "bits": ("bits", False),
-    "value": ("value", True),
-    "gap": ("to fp32", True),
-    "metric": ("metric", False),
-    "task": ("task", False),
-    "dataset": ("data set", False),
-    "seeds": ("seeds", True),
-    "seconds": ("seconds", True),
-    "how": ("how", False),
-}
-_FILTERS = {"task": "task", "dataset": "data set", "bits": "bits", "method": "method", "model": "model"}
+from iasvit.benchmark.task import EMBEDDED, REAL
+from iasvit.leaderboard.markdown import PUBLISHED
+from iasvit.rules import violations
+
+_HERE = Path(__file__).parent
+_ORDER = (REAL, EMBEDDED, PUBLISHED)  # of the tables' tabs
+_TEXTS = ("settings", "device", "source", "note", "transformed")  # repeated from cell to cell, and stored once
+_SPEC = re.compile(r"W(\d+)A(\d+)")
 
 
 @dataclass(frozen=True)
 class Value:
-    """One value of the leaderboard.
+    """One value of the leaderboard: a cell of one matrix.
 
     Attributes:
-        kind: published, real or embedded; each has tables of its own.
-        heading: of the table that it stands in.
-        task, dataset, bits, method, model, metric: what it is of; dataset is "" for published values.
+        kind: PUBLISHED, REAL or EMBEDDED; with task and dataset it names the table.
+        heading: says in words what kind of number it is.
+        task, dataset, bits, method, model, metric: what was measured; dataset is "" for published values.
         value: mean over seeds; None where the cell failed.
-        digits: behind the point.
-        std: standard deviation over seeds; None for one.
-        gap: value - full precision's; None where that is not known.
+        digits: decimal places of the metric.
+        higher_is_better: whether a larger value is better.
+        std: standard deviation over seeds; None for one seed.
+        error: standard error from the size of the split; None where unknown.
+        gap: value - the full-precision model's; None where that is unknown.
         seeds: how many; None for published values.
-        seconds: of quantization, mean over seeds; None where not known.
-        how: settings, source or commands, one a line.
-        note: words behind the value, such as "failed".
-        best: whether it is the best of its method's rivals.
+        images: size of the split; None for published values.
+        seconds: of quantization, mean over seeds; None where unknown.
+        device: that measured the seconds.
+        settings: calibration size and options.
+        source: the commands, one a line, or the paper.
+        rules: the admission rules as computed from the quantized models, `str(Admission)`, each different one once.
+        transformed: full-precision metrics of the network after the transforms that changed it.
+        note: further words, such as "failed".
+        competes: False for a method that quantizes weights only, which cannot be the best.
+        best: whether it is the best of the values that compete in its column.
     """
 
     kind: str
@@ -55,57 +62,91 @@ class Value:
     metric: str
     value: float | None
     digits: int = 2
+    higher_is_better: bool = True
     std: float | None = None
+    error: float | None = None
     gap: float | None = None
     seeds: int | None = None
+    images: int | None = None
     seconds: float | None = None
-    how: str = ""
+    device: str = ""
+    settings: str = ""
+    source: str = ""
+    rules: tuple[str, ...] = ()
+    transformed: str = ""
     note: str = ""
+    competes: bool = True
     best: bool = False
 
 
-def page(values: Sequence[Value], plots: Iterable[str]) -> str:
+def page(values: Sequence[Value]) -> str:
     """The page's HTML.
 
     Args:
-        values: in the order in which they are shown at first.
-        plots: paths of images, relative to the page.
+        values: in any order; models keep the order in which they come first.
     """
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
+        loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True
     )
-    environment.filters["breakable"] = _breakable
-    tables: dict[tuple[str, str], list[Value]] = {}
+    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "sort_keys": False}
+    style, script = (Markup((_HERE / name).read_text(encoding="utf-8")) for name in ("page.css", "page.js"))
+    return environment.get_template("page.html").render(data=_data(values), style=style, script=script)
+
+
+def _data(values: Iterable[Value]) -> dict[str, Any]:
+    """What the script draws: tables with their cells, and the texts and rules that cells refer to by place."""
+    tables: dict[tuple[str, str, str], list[Value]] = {}
     for value in values:
-        tables.setdefault((value.kind, value.heading), []).append(value)
-    return environment.get_template("page.html").render(
-        columns=_COLUMNS,
-        filters={
-            name: (label, sorted({getattr(value, name) for value in values} - {""})) for name, label in _FILTERS.items()
-        },
-        sections=[(heading, [(value, _numbers(value)) for value in part]) for (_, heading), part in tables.items()],
-        plots=[(quote(path), Path(path).stem) for path in plots],
-    )
+        tables.setdefault((value.kind, value.task, value.dataset), []).append(value)
+    texts: dict[str, int] = {"": 0}
+    rules: dict[tuple[str, ...], int] = {}
+    shown = []
+    for (kind, task, dataset), part in sorted(tables.items(), key=lambda item: (_ORDER.index(item[0][0]), *item[0])):
+        shown.append(
+            {
+                "kind": kind,
+                "task": task,
+                "dataset": dataset,
+                "metrics": {v.metric: {"digits": v.digits, "higher": v.higher_is_better} for v in part},
+                "bits": sorted({v.bits for v in part}, key=_bits_order),
+                "headings": {v.bits: v.heading for v in part},
+                "cells": [_cell(value, texts, rules) for value in part],
+            }
+        )
+    verdicts = [
+        {
+            "text": list(several),
+            "broken": list(dict.fromkeys(what for text in several for what in violations(text))),
+            "changed": any("network changed" in text for text in several),
+        }
+        for several in rules
+    ]
+    return {"tables": shown, "texts": list(texts), "rules": verdicts}
 
 
-def _numbers(value: Value) -> dict[str, tuple[str, str]]:
-    """Of each column of numbers what a row is sorted by, and what is shown."""
-    shown = "" if value.value is None else f"{value.value:.{value.digits}f}"
-    spread = "" if value.std is None else f" ± {value.std:.{value.digits}f}"
-    gap = "" if value.gap is None else f"{value.gap:+.{value.digits}f}"
-    seeds = "" if value.seeds is None else str(value.seeds)
-    seconds = "" if value.seconds is None else f"{value.seconds:.1f}"
-    return {
-        "value": (shown, f"{shown}{spread} {value.note}".strip()),
-        **{key: (text, text) for key, text in (("gap", gap), ("seeds", seeds), ("seconds", seconds))},
+def _cell(value: Value, texts: dict[str, int], rules: dict[tuple[str, ...], int]) -> dict[str, Any]:
+    """The cell without what is empty; numbers have the digits that are shown, and one more where they are compared."""
+    digits = value.digits + 1
+    cell: dict[str, Any] = {name: getattr(value, name) for name in ("bits", "metric", "method", "model")}
+    cell |= {
+        name: round(number, digits)
+        for name in ("value", "std", "error", "gap")
+        if (number := getattr(value, name)) is not None
     }
+    cell |= {name: number for name in ("seeds", "images") if (number := getattr(value, name)) is not None}
+    if value.seconds is not None:
+        cell["seconds"] = round(value.seconds, 2)
+    cell |= {name: texts.setdefault(text, len(texts)) for name in _TEXTS if (text := getattr(value, name))}
+    if value.rules:
+        cell["rules"] = rules.setdefault(value.rules, len(rules))
+    if value.best:
+        cell["best"] = True
+    if not value.competes:
+        cell["apart"] = True
+    return cell
 
 
-def _breakable(text: str) -> Markup:
-    """The text, escaped, with a place to break the line behind each "_"."""
-    return Markup("_<wbr>").join(text.split("_"))
+def _bits_order(spec: str) -> tuple[int, int, str]:
+    """By bits of weights, then of activations; a mixed specification comes last."""
+    match = _SPEC.fullmatch(spec)
+    return (int(match[1]), int(match[2]), spec) if match else (99, 99, spec)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import pandas as pd
 
@@ -67,7 +68,7 @@ def _with_bits(document: Document) -> pd.DataFrame:
 
 
 def page_values(documents: Iterable[Document]) -> list[Value]:
-    """Every primary value of the documents: with settings and commands, or with its source."""
+    """Every primary value of the documents, for the page."""
     values: list[Value] = []
     for document in documents:
         values += _published(document) if document.identity is None else _measured(document)
@@ -82,13 +83,12 @@ def _measured(document: Document) -> list[Value]:
         if not metric.primary:
             continue
         best = competing(cells).groupby("model_label")[metric.name].agg("max" if metric.higher_is_better else "min")
-        for cell in cells.to_dict("records"):
+        for cell in _in_order(cells, ordered_models(cells, document.model_order)):
             failed = not cell["n"]
             value = cell[metric.name]
-            notes = ["failed"] * failed + ["other version"] * bool(cell["other_version"])
+            notes = ["failed"] * failed + [cell["other_version"]] * bool(cell["other_version"])
             if not failed and pd.notna(published := cell.get(f"published_{metric.name}")):
-                notes.append(f"({with_published(value, published, metric.digits)})")
-            how = [cell["settings"].replace(";", ", "), "" if failed else f"on {cell['device']}", cell["command"]]
+                notes.append(with_published(value, published, metric.digits))
             values.append(
                 Value(
                     kind=document.kind,
@@ -100,13 +100,21 @@ def _measured(document: Document) -> list[Value]:
                     model=cell["model_label"],
                     metric=metric.name,
                     digits=metric.digits,
+                    higher_is_better=metric.higher_is_better,
                     value=_number(value),
                     std=_number(cell[f"{metric.name}_std"]),
+                    error=_number(cell.get(metric.standard_error, float("nan"))),
                     gap=_number(value - cell.get(f"fp_{metric.name}", float("nan"))),
                     seeds=int(cell["n"]),
+                    images=document.data[0],
                     seconds=_number(cell["quantization_seconds"]),
-                    how="\n".join(line for line in [*how, cell["other_version"]] if line),
-                    note=" ".join(notes),
+                    device="" if failed else cell["device"],
+                    settings=cell["settings"].replace(";", ", "),
+                    source=cell["command"],
+                    rules=cell["rules"],
+                    transformed=cell["transformed"],
+                    note="; ".join(notes),
+                    competes=not cell["weights_only"],
                     best=not failed and not cell["weights_only"] and value == best[cell["model_label"]],
                 )
             )
@@ -117,6 +125,7 @@ def _published(document: Document) -> list[Value]:
     values = []
     for metric in document.metrics:
         part = document.frame[document.frame["metric"] == metric.name]
+        part = part.assign(model_label=part["model"])
         best = part.groupby("model")["value"].agg("max" if metric.higher_is_better else "min")
         values += [
             Value(
@@ -129,14 +138,20 @@ def _published(document: Document) -> list[Value]:
                 model=row["model"],
                 metric=metric.name,
                 digits=metric.digits,
+                higher_is_better=metric.higher_is_better,
                 value=_number(row["value"]),
                 gap=_number(row["gap"]),
-                how=row["source"],
+                source=row["source"],
                 best=row["value"] == best[row["model"]],
             )
-            for row in part.to_dict("records")
+            for row in _in_order(part, ordered_models(part, document.model_order))
         ]
     return values
+
+
+def _in_order(cells: pd.DataFrame, models: Sequence[str]) -> list[dict[str, Any]]:
+    """The cells in the order of their models."""
+    return sorted(cells.to_dict("records"), key=lambda cell: models.index(cell["model_label"]))
 
 
 def _number(value: float) -> float | None:

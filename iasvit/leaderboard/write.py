@@ -60,7 +60,7 @@ def write_leaderboard(
     except OSError as error:
         raise IasvitError(f"{error.filename or out} cannot be read: {error.strerror or error}") from error
     shown = list(dict.fromkeys([*own, *others]))
-    texts = {"leaderboard.md": _index(documents, shown), "index.html": page(page_values(documents), shown), **own}
+    texts = {"leaderboard.md": _index(documents, shown), "index.html": page(page_values(documents)), **own}
     for document in documents:
         texts[f"{document.name}.md"] = document.markdown()
         texts[f"{document.name}.csv"] = _csv(document.frame)
@@ -109,7 +109,8 @@ def _index(documents: Iterable[Document], images: Iterable[str]) -> str:
     lines = [f"- [{escape(document.title)}]({document.name}.md) ([CSV]({document.name}.csv))" for document in documents]
     shown = [f"![{escape(Path(name).stem)}]({quote(name)})" for name in images]
     tables = "\n".join(lines)
-    return "\n\n".join([MADE, "# Leaderboard", "[Sortable, on one page](index.html)", tables, _COLUMNS, *shown]) + "\n"
+    link = "[All tables on one page](index.html): open it in a browser"
+    return "\n\n".join([MADE, "# Leaderboard", link, tables, _COLUMNS, *shown]) + "\n"
 
 
 def _fill(readme: Path, out: Path, documents: Sequence[Document], report: Callable[[str], None]) -> str | None:

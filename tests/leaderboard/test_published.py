@@ -145,7 +145,7 @@ def test_the_published_value_is_shown_with_the_measured_real_one(published: Path
     assert data.loc[("noise", "vit_s"), "published_fp_top1"] == 81.39
     assert data.loc[("new", "vit_s"), ["published_top1", "gap_published_top1"]].isna().all()
     (first, *_) = [value for value in page_values([document]) if (value.method, value.model) == ("noise", "vit_s")]
-    assert first.note == "(published 68.25, +1.75)"
+    assert first.note == "published 68.25, +1.75"
 
 
 @pytest.mark.parametrize(

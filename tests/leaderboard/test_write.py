@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import multiprocessing
 import re
 from contextlib import suppress
@@ -84,11 +83,11 @@ def test_plots_that_others_made_are_shown_with_its_own(tmp_path: Path) -> None:
     (tmp_path / "a" / "plots" / "study (1).svg").write_text("<svg/>")
     (tmp_path / "a" / "plots" / "fake-mini-w3a3-seconds.svg").write_text("of an earlier release, without a marker")
     made = write_all(tmp_path, "a")
-    index, html = made["leaderboard.md"].decode(), made["index.html"].decode()
-    assert index.count("![") == html.count("<img") == 2
+    index = made["leaderboard.md"].decode()
+    assert index.count("![") == 2
+    assert "<img" not in made["index.html"].decode()  # the page is one file, without images
     assert "![fake-mini-w3a3-seconds](plots/fake-mini-w3a3-seconds.svg)" in index
     assert "![study (1)](plots/study%20%281%29.svg)" in index
-    assert 'src="plots/study%20%281%29.svg" alt="study (1)"' in html
     assert made["plots/study (1).svg"] == b"<svg/>"
     assert made["plots/fake-mini-w3a3-seconds.svg"].startswith(b"<?xml")
     assert write_all(tmp_path, "a") == made
@@ -127,7 +126,8 @@ def test_what_breaks_formats_does_not(tmp_path: Path) -> None:
         ElementTree.fromstring(text)
         assert b"$x_{$" in text
     page = made["index.html"].decode()
-    assert "@plots@{{ plots }}" in html.unescape(page.replace("<wbr>", ""))
+    assert "@plots@{{ plots }}" in page
+    assert "|\\\\|\\u003cb\\u003e" in page  # of the model's name, as JSON in HTML
     table = made["fake-mini-w3a3.md"].decode()
     assert f"````sh\n{command}\n````" in table
     widths = {len(re.findall(r"(?<!\\)(?:\\\\)*\|", line)) for line in table.splitlines() if line.startswith("| ")}
