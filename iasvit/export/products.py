@@ -161,7 +161,9 @@ class Emitter:
         if not right.rest.any():
             scale, zero = np.broadcast_arrays(right.scale, right.zero_point)
             axes = {"axis": axis} if scale.ndim else {}
-            return g.add("DequantizeLinear", right.codes, g.constant(scale), g.constant(zero, right.dtype), **axes)
+            # OpenVINO computes in float what stands behind a weight's zero-points, were they all 0, once the batch is fixed.
+            zeros = [g.constant(zero, right.dtype)] if zero.any() else []
+            return g.add("DequantizeLinear", right.codes, g.constant(scale), *zeros, **axes)
         shape = (-1, *[1] * (-1 - axis)) if axis < 0 else (-1, 1, 1, 1)
         zero, scale = (
             np.asarray(v).reshape(shape) if np.ndim(v) else v for v in (right.zero_point + right.rest, right.scale)
