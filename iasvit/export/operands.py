@@ -277,14 +277,14 @@ def _plane_count(first: int, last: int) -> int:
 def _nearest_power(graph: Graph, x: str, factor: float, least: float, most: float) -> str:
     """x·factor within [least, most], rounded to one significant bit: a power of two, up from 1.5·2^e.
 
-    With y what is to be rounded, 2^23·y is exact, of 2^23·y + y a float32 keeps y's first bit alone, and less 2^23·y,
-    exact again, that bit is left: no logarithm, no exponential, and the same with fused multiply-adds, which OpenVINO
-    makes of products and sums. Of two factors it makes one, but not where Min stands between; it moves them past Clip.
+    By Veltkamp's splitting: with y what is to be rounded and z = 2^23·y + y in float32, z - (z - y) is y's first bit,
+    without a logarithm or an exponential. OpenVINO makes one operation of a product and a sum, which changes z where it
+    is one product with 2^23 + 1, and not so; of two factors it makes one, but not where Min stands between.
     """
     y = graph.add("Min", graph.add("Mul", x, graph.constant(factor)), graph.constant(most))
     y = graph.add("Max", y, graph.constant(least)) if least else y
-    rounded = graph.add("Add", graph.add("Mul", y, graph.constant(2.0**23)), y)
-    return graph.add("Add", graph.add("Mul", y, graph.constant(-(2.0**23))), rounded)
+    far = graph.add("Add", graph.add("Mul", y, graph.constant(2.0**23)), y)
+    return graph.add("Sub", far, graph.add("Sub", far, y))
 
 
 @operand.register
@@ -299,7 +299,7 @@ def _(quantizer: Log2Quantizer, graph: Graph, x: str, log_x: str = "") -> Operan
     least = 0.0 if quantizer.zero_code else 2.0 ** (-largest / k)
     starts = [0.75 * 2 ** ((odd + 0.5) / k) for odd in range(k)]  # what 1 becomes, so that thresholds are 1.5·2^e
     powers = [_nearest_power(graph, x, start / scale, least * start, start) for start in starts]
-    odds = graph.add("Add", graph.add("Mul", powers[0], graph.constant(-1.0)), powers[1]) if k == 2 else ""
+    odds = graph.add("Sub", powers[1], powers[0]) if k == 2 else ""
     if k * _plane_count(0, -(-last // k)) > MOST_PLANES:
         values = powers[0]
         if k == 2:

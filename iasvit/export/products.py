@@ -160,8 +160,11 @@ class Emitter:
             return right.values
         if not right.rest.any():
             scale, zero = np.broadcast_arrays(right.scale, right.zero_point)
+            if right.sums is not None:  # ONNX Runtime quantizes the inputs of a weight of one scale to 8 bits
+                scale = np.broadcast_to(scale, len(right.sums))
+                zero = np.broadcast_to(zero, len(right.sums))
             axes = {"axis": axis} if scale.ndim else {}
-            # OpenVINO computes in float what stands behind a weight's zero-points, were they all 0, once the batch is fixed.
+            # Behind zero-points of weights, though all were 0, OpenVINO computes in float where the batch is fixed.
             zeros = [g.constant(zero, right.dtype)] if zero.any() else []
             return g.add("DequantizeLinear", right.codes, g.constant(scale), *zeros, **axes)
         shape = (-1, *[1] * (-1 - axis)) if axis < 0 else (-1, 1, 1, 1)

@@ -108,12 +108,18 @@ def _openvino(package: Any, path: str, threads: int) -> tuple[Any, Any]:
         "INFERENCE_PRECISION_HINT": "f32",
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,  # else activations of float layers lose bits
     }
-    compiled = package.Core().compile_model(path, "CPU", settings)
+    core = package.Core()
+    model = core.read_model(path)
+    compiled: dict[tuple[int, ...], Any] = {}  # of each shape: where a batch is fixed OpenVINO fuses more
 
     def run(images: Any) -> Sequence[Any]:
-        return [output.copy() for output in compiled(images).values()]
+        if images.shape not in compiled:
+            fixed = model.clone()
+            fixed.reshape(list(images.shape))
+            compiled[images.shape] = core.compile_model(fixed, "CPU", settings)
+        return [output.copy() for output in compiled[images.shape](images).values()]
 
-    return compiled, run
+    return model, run
 
 
 def threads_of() -> int:
