@@ -101,8 +101,8 @@ class _Lower:
 
     def __post_init__(self) -> None:
         self.makers = {name: node for node in self.source.node for name in node.output}
-        self.heads = {  # shape (batch, tokens, heads, channels) → channels
-            tensor.name: int(onnx.numpy_helper.to_array(tensor)[-1])
+        self.heads: dict[str, tuple[int, ...]] = {
+            tensor.name: tuple(onnx.numpy_helper.to_array(tensor).tolist())
             for tensor in self.source.initializer
             if tensor.name.endswith(HEADS)
         }
@@ -218,22 +218,25 @@ class _Lower:
         It quantizes before it rearranges wherever it can, but not past a Reshape that joins dimensions.
         """
         maker = self.makers.get(x)
-        if maker is not None and (maker.domain, maker.op_type) == (DOMAIN, "Product"):
-            return (order[-1].output[0], []) if self._channels(maker.input[1]) < FAST_ROW else (x, order)
-        channels = self._channels(order[-1].output[0])
-        if [node.op_type for node in order[:2]] != ["Reshape", "Transpose"] or channels >= FAST_ROW:
+        product = maker is not None and (maker.domain, maker.op_type) == (DOMAIN, "Product")
+        shape = self._heads_of(maker.input[1] if product else order[-1].output[0])
+        if shape is None or shape[-1] >= FAST_ROW:
             return x, order
-        joined = self.graph.add("Reshape", order[1].output[0], self.graph.constant([0, 0, -1], np.int64))
-        shape = self.graph.constant([0, 0, -1, channels], np.int64)
-        return joined, [onnx.helper.make_node("Reshape", ["", shape], [""]), *order[2:]]
+        if product:
+            return order[-1].output[0], []
+        _, tokens, heads, channels = shape
+        joined = self.graph.constant([-1, tokens * heads * channels], np.int64)
+        parted = self.graph.constant([-1, heads, tokens, channels], np.int64)
+        source = self.graph.add("Reshape", order[1].output[0], joined)
+        return source, [onnx.helper.make_node("Reshape", ["", parted], [""]), *order[2:]]
 
-    def _channels(self, x: str) -> int:
-        """How many channels a head has, of queries, keys or values; FAST_ROW where x is none of these."""
+    def _heads_of(self, x: str) -> tuple[int, ...] | None:
+        """(batch, tokens, heads, channels) of queries, keys or values; None where x is none of these."""
         while (maker := self.makers.get(x)) is not None and maker.op_type in REARRANGING:
             if maker.op_type == "Reshape" and maker.input[1] in self.heads:
                 return self.heads[maker.input[1]]
             x = maker.input[0]
-        return FAST_ROW
+        return None
 
     def _rearranged(self, plane: Plane, order: list[onnx.NodeProto]) -> Plane:
         """A plane whose codes are in the order that nodes make; for OpenVINO its values, beside its QuantizeLinear."""
