@@ -18,6 +18,10 @@ from iasvit.export.extras import imported
 from iasvit.export.onnx_file import export_onnx
 
 BACKENDS = ("onnxruntime", "openvino")
+OPENVINO: dict[str, str | int] = {
+    "INFERENCE_PRECISION_HINT": "f32",  # where the CPU has bfloat16 too: codes would be others
+    "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,  # else activations of float layers lose bits
+}
 
 
 def check_backend(backend: str) -> ModuleType:
@@ -102,12 +106,7 @@ def _onnxruntime(package: Any, path: str, threads: int) -> tuple[Any, Any]:
 
 
 def _openvino(package: Any, path: str, threads: int) -> tuple[Any, Any]:
-    # float32, where the CPU has bfloat16 too: codes would be others.
-    settings = {
-        "INFERENCE_NUM_THREADS": threads,
-        "INFERENCE_PRECISION_HINT": "f32",
-        "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,  # else activations of float layers lose bits
-    }
+    settings = {**OPENVINO, "INFERENCE_NUM_THREADS": threads}
     core = package.Core()
     model = core.read_model(path)
     compiled: dict[tuple[int, ...], Any] = {}  # of each shape: where a batch is fixed OpenVINO fuses more

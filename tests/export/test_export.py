@@ -25,6 +25,7 @@ from iasvit.errors import IasvitError
 from iasvit.export import BACKENDS, ExportedModel, export_onnx, exported_twin
 from iasvit.export import extras as extras_module
 from iasvit.export.compare import Comparison
+from iasvit.export.runtime import OPENVINO
 from iasvit.export.show import summary
 from iasvit.quantizers import UniformQuantizer
 
@@ -131,6 +132,26 @@ def test_openvino_computes_the_same(family: str, quantized: dict[str, nn.Module]
         mine = model(images)
         difference = (ExportedModel(tmp_path / "model.onnx", "openvino")(images) - mine).norm(dim=1) / mine.norm(dim=1)
     assert (difference < 1e-4).sum() >= 5, difference
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_openvino_runs_products_on_integers(
+    fixed: bool, quantized: dict[str, nn.Module], files: dict[str, Path], tmp_path: Path
+) -> None:
+    """From its executed graph, whether it knows the batch or not; Swin's rows are moved as floats, for they are short."""
+    openvino = pytest.importorskip("openvino", reason="the extra openvino is not installed")
+    export_onnx(quantized["swin"], tmp_path / "swin.onnx", target="openvino")
+    for path in (files["openvino"], tmp_path / "swin.onnx"):
+        model = openvino.Core().read_model(path)
+        if fixed:
+            model.reshape([2, 3, *tiny_models.images(1).shape[2:]])
+        executed = openvino.Core().compile_model(model, "CPU", OPENVINO).get_runtime_model().get_ops()
+        facts = [{key: str(value.astype(str)) for key, value in op.get_rt_info().items()} for op in executed]
+        products = [f["runtimePrecision"] for f in facts if f["layerType"] in ("FullyConnected", "MatMul")]
+        assert len(products) >= 6
+        assert set(products) <= {"i8", "u8"}, Counter(products)
+    rearranged = Counter(f["runtimePrecision"] for f in facts if f["layerType"] == "Transpose" and f["execTimeMcs"])
+    assert rearranged["f32"]
 
 
 def test_per_channel_inputs_stay_float() -> None:
