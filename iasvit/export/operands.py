@@ -306,9 +306,7 @@ def _(quantizer: Log2Quantizer, graph: Graph, x: str, log_x: str = "") -> Operan
             values = graph.add("Add", values, graph.add("Mul", odds, graph.constant(math.sqrt(2) - 1)))
         if quantizer.zero_code:
             values = graph.add("ThresholdedRelu", values, alpha=2.0 ** ((0.5 - largest) / k))
-        return Operand(
-            values=graph.add("Mul", values, graph.constant(scale)), why="its softmax spans too many octaves"
-        )
+        return Operand(values=graph.add("Mul", values, graph.constant(scale)), why="its softmax spans too many octaves")
     planes = _power_planes(graph, powers[0], 0, -(-last // k), scale)
     if k == 2:
         planes += _power_planes(graph, odds, 1, (last + 1) // 2, scale * (math.sqrt(2) - 1))

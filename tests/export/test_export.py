@@ -138,7 +138,7 @@ def test_openvino_computes_the_same(family: str, quantized: dict[str, nn.Module]
 def test_openvino_runs_products_on_integers(
     fixed: bool, quantized: dict[str, nn.Module], files: dict[str, Path], tmp_path: Path
 ) -> None:
-    """From its executed graph, whether it knows the batch or not; Swin's rows are moved as floats, for they are short."""
+    """From its executed graph, whether it knows the batch or not; Swin's short rows are moved as floats."""
     openvino = pytest.importorskip("openvino", reason="the extra openvino is not installed")
     export_onnx(quantized["swin"], tmp_path / "swin.onnx", target="openvino")
     for path in (files["openvino"], tmp_path / "swin.onnx"):

@@ -102,7 +102,7 @@ def test_what_a_softmax_of_three_and_four_bits_takes() -> None:
 
 
 def near_thresholds(quantizer: Log2Quantizer) -> np.ndarray:
-    """Floats around each value that its planes turn at, among them those whose 24 bits are all 1, and others; n×32×32."""
+    """Floats around each value that its planes turn at, those whose 24 bits are all 1, and others; n×32×32."""
     k, scale = quantizer.steps_per_octave, float(quantizer.scale)
     values = [np.exp2(-12 * np.random.default_rng(0).random(4000)).astype(np.float32)]
     for odd in range(k):
