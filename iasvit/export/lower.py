@@ -18,7 +18,7 @@ from iasvit.export.products import Emitter, conv_attributes
 from iasvit.export.qkv import HEADS, split_qkv
 from iasvit.nn import QuantConv2d, QuantMatMul
 from iasvit.nn.layers import QuantLayer
-from iasvit.quantizers import AdaLogQuantizer, Log2Quantizer, Quantizer, UniformQuantizer
+from iasvit.quantizers import AdaLogQuantizer, Quantizer, UniformQuantizer
 
 DOMAIN = "iasvit"  # of the nodes that the trace has and the file has not
 INTEGER, FLOAT = "int8", "float"
@@ -193,7 +193,7 @@ class _Lower:
     def _operand(self, quantizer: Quantizer, x: str) -> Operand:
         """What a quantizer makes of x; of one plane it is quantized before it is rearranged."""
         source, order = self._source(quantizer, x)
-        log = self._logarithm(x) if isinstance(quantizer, (Log2Quantizer, AdaLogQuantizer)) else ""
+        log = self._logarithm(x) if isinstance(quantizer, AdaLogQuantizer) else ""
         made = operand(quantizer, self.graph, source, log)
         return replace(made, planes=[self._rearranged(plane, order) for plane in made.planes])
 

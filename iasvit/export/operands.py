@@ -228,7 +228,7 @@ def _log_codes(quantizer: Quantizer, graph: Graph, log_x: str, step: float, zero
     return graph.add("Cast", inside, to=UINT8), zero_point
 
 
-def _power_planes(graph: Graph, powers: str, first: int, last: int, unit: float, mask: str = "") -> list[Plane]:
+def _power_planes(graph: Graph, powers: str, first: int, last: int, unit: float) -> list[Plane]:
     """Planes of values 2^-e·unit, e an integer from `first` to `last`; what lies beyond is 0.
 
     Args:
@@ -236,10 +236,9 @@ def _power_planes(graph: Graph, powers: str, first: int, last: int, unit: float,
         powers: name of the float tensor of 2^-e, to some units in the last place.
         first, last: the least and the greatest e.
         unit: what 1 stands for.
-        mask: name of a tensor, 0 where values are none of these and 1 elsewhere, uint8 or for OpenVINO float; or "".
     """
     if graph.centred:
-        return _float_power_planes(graph, powers, first, last, unit, mask)
+        return _float_power_planes(graph, powers, first, last, unit)
     planes = []
     for start in range(first, last + 1, OCTAVES):
         end = min(start + OCTAVES - 1, last)
@@ -248,15 +247,12 @@ def _power_planes(graph: Graph, powers: str, first: int, last: int, unit: float,
         if start > first:  # greater values, which saturate, stand in the planes before
             fits = graph.add("Less", powers, graph.constant(2.0 ** (0.5 - start)))
             codes = graph.add("Mul", codes, graph.add("Cast", fits, to=UINT8))
-        if mask:
-            codes = graph.add("Mul", codes, mask)
         planes.append(Plane(codes, scale * unit, largest=2 ** (end - start)))
     return planes
 
 
-def _float_power_planes(graph: Graph, powers: str, first: int, last: int, unit: float, mask: str) -> list[Plane]:
+def _float_power_planes(graph: Graph, powers: str, first: int, last: int, unit: float) -> list[Plane]:
     """The same, masked before it is quantized: OpenVINO takes no step between QuantizeLinear and DequantizeLinear."""
-    powers = graph.add("Mul", powers, mask) if mask else powers
     planes = []
     for start in range(first, last + 1, OCTAVES):
         end = min(start + OCTAVES - 1, last)
