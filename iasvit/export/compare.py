@@ -24,20 +24,22 @@ class Difference:
     Attributes:
         path: the quantizer's.
         codes: compared.
-        ties: that differ in images which are equal in all quantizers before, the model's value being near a tie.
-        others: that differ in such images, and are no ties: a defect.
-        after: that differ in images where an earlier code does.
+        ties: that differ, the model's value being near a tie.
+        others: that differ and are no ties: a defect.
     """
 
     path: str
     codes: int = 0
     ties: int = 0
     others: int = 0
-    after: int = 0
 
 
 class Comparison:
     """A quantized model beside the graph that it exports to, run by ONNX Runtime.
+
+    A code at a tie that falls to the other side changes what comes behind it, and says nothing of what computes it. So
+    where a code differs, the model goes on with the file's: each quantizer is compared on inputs that differ by the
+    rounding of float32 alone, in all layers of all images.
 
     Args:
         model: as of `export_onnx`; not changed.
@@ -64,10 +66,13 @@ class Comparison:
 
     @torch.no_grad()
     def run(self, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Add the codes of these images to `differences`; the outputs of the model, and those of the graph."""
-        seen: dict[str, tuple[Tensor, Tensor]] = {}
+        """Add the codes of these images to `differences`; the outputs of the model, given the file's codes wherever
+        its own differ, and those of the graph."""
+        results = dict(zip(self.names, self.session.run(self.names, {"images": images.numpy()}), strict=True))
         handles = [
-            module.register_forward_hook(lambda _m, args, out, path=path: seen.__setitem__(path, (args[0], out)))
+            module.register_forward_hook(
+                lambda module, args, out, path=path: self._compare(path, module, args[0], out, results)
+            )
             for path, module in self.model.named_modules()
             if path in self.operands
         ]
@@ -77,36 +82,24 @@ class Comparison:
         finally:
             for handle in handles:
                 handle.remove()
-        results = dict(zip(self.names, self.session.run(self.names, {"images": images.numpy()}), strict=True))
-        equal = np.ones(len(images), bool)
-        for path, (x, values) in seen.items():
-            equal &= self._compare(path, self.operands[path], x, values, results, equal)
         theirs = [torch.from_numpy(results[name]) for name in self.outputs]
         return list(mine) if isinstance(mine, tuple) else [mine], theirs
 
     def _compare(
-        self,
-        path: str,
-        operand: Operand,
-        x: Tensor,
-        values: Tensor,
-        results: dict[str, np.ndarray],
-        equal: np.ndarray,
-    ) -> np.ndarray:
-        """Count one quantizer's codes; which images have all of them equal."""
-        quantizer = self.model.get_submodule(path)
-        theirs = _values(operand, results)
+        self, path: str, quantizer: Quantizer, x: Tensor, values: Tensor, results: dict[str, np.ndarray]
+    ) -> Tensor:
+        """Count one quantizer's codes; its values, the file's where they differ."""
+        theirs = _values(self.operands[path], results)
         mine = values.double().numpy()
         wrong = np.abs(theirs - mine) > 1e-5 * np.abs(mine) + 1e-6 * np.abs(mine).max()
         found = self.differences[path]
         found.codes += wrong.size
-        rows = wrong.reshape(len(equal), -1)
-        fresh = rows & equal[:, None]
-        near = _near_a_tie(quantizer, x).reshape(len(equal), -1)
-        found.ties += int((fresh & near).sum())
-        found.others += int((fresh & ~near).sum())
-        found.after += int((rows & ~equal[:, None]).sum())
-        return ~rows.any(axis=1)
+        if not wrong.any():
+            return values
+        near = _near_a_tie(quantizer, x)
+        found.ties += int((wrong & near).sum())
+        found.others += int((wrong & ~near).sum())
+        return torch.where(torch.from_numpy(wrong), torch.from_numpy(theirs).to(values.dtype), values)
 
 
 def _names(operand: Operand) -> list[str]:

@@ -8,20 +8,22 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx.numpy_helper
 from torch import nn
 
 from iasvit.errors import IasvitError
 from iasvit.export.graph import Graph
 from iasvit.export.operands import Operand, Plane, operand
 from iasvit.export.products import Emitter, conv_attributes
-from iasvit.export.qkv import split_qkv
+from iasvit.export.qkv import HEADS, split_qkv
 from iasvit.nn import QuantConv2d, QuantMatMul
 from iasvit.nn.layers import QuantLayer
-from iasvit.quantizers import AdaLogQuantizer, Log2Quantizer, Quantizer, UniformQuantizer
+from iasvit.quantizers import AdaLogQuantizer, Quantizer, UniformQuantizer
 
 DOMAIN = "iasvit"  # of the nodes that the trace has and the file has not
 INTEGER, FLOAT = "int8", "float"
 REARRANGING = ("Reshape", "Transpose")
+FAST_ROW = 64  # bytes; OpenVINO 2026.4 takes ten times as long for a row of a head's 32 bytes as for one of 32 floats
 
 
 @dataclass
@@ -99,6 +101,11 @@ class _Lower:
 
     def __post_init__(self) -> None:
         self.makers = {name: node for node in self.source.node for name in node.output}
+        self.heads: dict[str, tuple[int, ...]] = {
+            tensor.name: tuple(onnx.numpy_helper.to_array(tensor).tolist())
+            for tensor in self.source.initializer
+            if tensor.name.endswith(HEADS)
+        }
 
     def replace(self, node: onnx.NodeProto, path: str, module: nn.Module) -> None:
         if isinstance(module, QuantMatMul):
@@ -186,7 +193,7 @@ class _Lower:
     def _operand(self, quantizer: Quantizer, x: str) -> Operand:
         """What a quantizer makes of x; of one plane it is quantized before it is rearranged."""
         source, order = self._source(quantizer, x)
-        log = self._logarithm(x) if isinstance(quantizer, (Log2Quantizer, AdaLogQuantizer)) else ""
+        log = self._logarithm(x) if isinstance(quantizer, AdaLogQuantizer) else ""
         made = operand(quantizer, self.graph, source, log)
         return replace(made, planes=[self._rearranged(plane, order) for plane in made.planes])
 
@@ -201,7 +208,35 @@ class _Lower:
             while (maker := self.makers.get(x)) is not None and maker.op_type in REARRANGING:
                 order.append(maker)
                 x = maker.input[0]
+            if self.graph.centred and order:
+                return self._as_floats(x, order[::-1])
         return x, order[::-1]
+
+    def _as_floats(self, x: str, order: list[onnx.NodeProto]) -> tuple[str, list[onnx.NodeProto]]:
+        """The same for OpenVINO, where rows of a head's channels are short: it is to rearrange them as floats.
+
+        It quantizes before it rearranges wherever it can, but not past a Reshape that joins dimensions.
+        """
+        maker = self.makers.get(x)
+        product = maker is not None and (maker.domain, maker.op_type) == (DOMAIN, "Product")
+        shape = self._heads_of(maker.input[1] if product else order[-1].output[0])
+        if shape is None or shape[-1] >= FAST_ROW:
+            return x, order
+        if product:
+            return order[-1].output[0], []
+        _, tokens, heads, channels = shape
+        joined = self.graph.constant([-1, tokens * heads * channels], np.int64)
+        parted = self.graph.constant([-1, heads, tokens, channels], np.int64)
+        source = self.graph.add("Reshape", order[1].output[0], joined)
+        return source, [onnx.helper.make_node("Reshape", ["", parted], [""]), *order[2:]]
+
+    def _heads_of(self, x: str) -> tuple[int, ...] | None:
+        """(batch, tokens, heads, channels) of queries, keys or values; None where x is none of these."""
+        while (maker := self.makers.get(x)) is not None and maker.op_type in REARRANGING:
+            if maker.op_type == "Reshape" and maker.input[1] in self.heads:
+                return self.heads[maker.input[1]]
+            x = maker.input[0]
+        return None
 
     def _rearranged(self, plane: Plane, order: list[onnx.NodeProto]) -> Plane:
         """A plane whose codes are in the order that nodes make; for OpenVINO its values, beside its QuantizeLinear."""

@@ -228,7 +228,7 @@ def _log_codes(quantizer: Quantizer, graph: Graph, log_x: str, step: float, zero
     return graph.add("Cast", inside, to=UINT8), zero_point
 
 
-def _power_planes(graph: Graph, powers: str, first: int, last: int, unit: float, mask: str = "") -> list[Plane]:
+def _power_planes(graph: Graph, powers: str, first: int, last: int, unit: float) -> list[Plane]:
     """Planes of values 2^-e·unit, e an integer from `first` to `last`; what lies beyond is 0.
 
     Args:
@@ -236,10 +236,9 @@ def _power_planes(graph: Graph, powers: str, first: int, last: int, unit: float,
         powers: name of the float tensor of 2^-e, to some units in the last place.
         first, last: the least and the greatest e.
         unit: what 1 stands for.
-        mask: name of a tensor, 0 where values are none of these and 1 elsewhere, uint8 or for OpenVINO float; or "".
     """
     if graph.centred:
-        return _float_power_planes(graph, powers, first, last, unit, mask)
+        return _float_power_planes(graph, powers, first, last, unit)
     planes = []
     for start in range(first, last + 1, OCTAVES):
         end = min(start + OCTAVES - 1, last)
@@ -248,15 +247,12 @@ def _power_planes(graph: Graph, powers: str, first: int, last: int, unit: float,
         if start > first:  # greater values, which saturate, stand in the planes before
             fits = graph.add("Less", powers, graph.constant(2.0 ** (0.5 - start)))
             codes = graph.add("Mul", codes, graph.add("Cast", fits, to=UINT8))
-        if mask:
-            codes = graph.add("Mul", codes, mask)
         planes.append(Plane(codes, scale * unit, largest=2 ** (end - start)))
     return planes
 
 
-def _float_power_planes(graph: Graph, powers: str, first: int, last: int, unit: float, mask: str) -> list[Plane]:
+def _float_power_planes(graph: Graph, powers: str, first: int, last: int, unit: float) -> list[Plane]:
     """The same, masked before it is quantized: OpenVINO takes no step between QuantizeLinear and DequantizeLinear."""
-    powers = graph.add("Mul", powers, mask) if mask else powers
     planes = []
     for start in range(first, last + 1, OCTAVES):
         end = min(start + OCTAVES - 1, last)
@@ -274,35 +270,43 @@ def _plane_count(first: int, last: int) -> int:
     return -(-(last + 1 - first) // OCTAVES)
 
 
+def _nearest_power(graph: Graph, x: str, factor: float, least: float, most: float) -> str:
+    """x·factor within [least, most], rounded to one significant bit: a power of two, up from 1.5·2^e.
+
+    By Veltkamp's splitting: with y what is to be rounded and z = 2^23·y + y in float32, z - (z - y) is y's first bit,
+    without a logarithm or an exponential. OpenVINO makes one operation of a product and a sum, which changes z where it
+    is one product with 2^23 + 1, and not so; of two factors it makes one, but not where Min stands between.
+    """
+    y = graph.add("Min", graph.add("Mul", x, graph.constant(factor)), graph.constant(most))
+    y = graph.add("Max", y, graph.constant(least)) if least else y
+    far = graph.add("Add", graph.add("Mul", y, graph.constant(2.0**23)), y)
+    return graph.add("Sub", far, graph.add("Sub", far, y))
+
+
 @operand.register
 def _(quantizer: Log2Quantizer, graph: Graph, x: str, log_x: str = "") -> Operand:
-    """log2: 2^-q. log-sqrt2: even codes are powers of two, odd ones the same times sqrt(2), in planes of their own."""
+    """log2: 2^-q is x rounded to a power of two, up from 2^-(q + 1/2).
+
+    log-sqrt2: 2^-ceil(q/2) and 2^-floor(q/2) are, up from other thresholds each. Their difference D is 2^-ceil(q/2) for
+    odd q and 0 for even q, so that 2^(-q/2) = 2^-ceil(q/2) + (sqrt(2) - 1)·D: a plane each.
+    """
     scale, k, largest = _as_float(quantizer.scale), quantizer.steps_per_octave, quantizer.n_levels - 1
-    log_x = log_x or graph.add("Log", x)
-    relative = graph.add("Sub", log_x, graph.constant(math.log(scale))) if scale != 1 else log_x
-    codes, one = _log_codes(quantizer, graph, relative, LN2 / k, largest)
-    exponents = graph.add("DequantizeLinear", codes, graph.constant(LN2 / k), graph.constant(one, np.uint8))
-    powers = graph.add("Exp", exponents)  # 2^(-q/k)
     last = largest - 1 if quantizer.zero_code else largest
+    least = 0.0 if quantizer.zero_code else 2.0 ** (-largest / k)
+    starts = [0.75 * 2 ** ((odd + 0.5) / k) for odd in range(k)]  # what 1 becomes, so that thresholds are 1.5·2^e
+    powers = [_nearest_power(graph, x, start / scale, least * start, start) for start in starts]
+    odds = graph.add("Sub", powers[1], powers[0]) if k == 2 else ""
     if k * _plane_count(0, -(-last // k)) > MOST_PLANES:
-        values = graph.add("Mul", powers, graph.constant(scale))
+        values = powers[0]
+        if k == 2:
+            values = graph.add("Add", values, graph.add("Mul", odds, graph.constant(math.sqrt(2) - 1)))
         if quantizer.zero_code:
-            kept = graph.add("Cast", graph.add("Cast", codes, to=9), to=FLOAT)  # bool: code 0 is the last one's
-            values = graph.add("Mul", values, kept)
-        return Operand(values=values, why="its softmax spans too many octaves")
-    if k == 1:
-        return Operand(_power_planes(graph, powers, 0, last, scale))
-    if graph.centred:  # -q/2 less the integer below or at it is 0 for even q and 1/2 for odd q
-        octaves = graph.add("Mul", exponents, graph.constant(1 / LN2))
-        below = graph.add("Floor", graph.add("Add", octaves, graph.constant(0.25)))
-        odd = graph.add("Mul", graph.add("Sub", octaves, below), graph.constant(2.0))
-        even = graph.add("Sub", graph.constant(1.0), odd)
-    else:  # r = largest - q with largest odd: q is even where r is odd
-        even = graph.add("BitwiseAnd", codes, graph.constant(1, np.uint8))
-        odd = graph.add("BitwiseXor", even, graph.constant(1, np.uint8))
-    planes = _power_planes(graph, powers, 0, last // 2, scale, even)
-    halves = graph.add("Mul", powers, graph.constant(1 / math.sqrt(2)))  # odd q: 2^-((q + 1) / 2)
-    return Operand(planes + _power_planes(graph, halves, 1, (last + 1) // 2, scale * math.sqrt(2), odd))
+            values = graph.add("ThresholdedRelu", values, alpha=2.0 ** ((0.5 - largest) / k))
+        return Operand(values=graph.add("Mul", values, graph.constant(scale)), why="its softmax spans too many octaves")
+    planes = _power_planes(graph, powers[0], 0, -(-last // k), scale)
+    if k == 2:
+        planes += _power_planes(graph, odds, 1, (last + 1) // 2, scale * (math.sqrt(2) - 1))
+    return Operand(planes)
 
 
 @operand.register

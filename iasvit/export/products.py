@@ -160,8 +160,15 @@ class Emitter:
             return right.values
         if not right.rest.any():
             scale, zero = np.broadcast_arrays(right.scale, right.zero_point)
+            zeros = [zero]
+            if right.sums is not None:
+                # ONNX Runtime rounds to 8 bits what is multiplied by a weight of one scale, and behind zero-points of
+                # weights, though all are 0, OpenVINO computes in float where the batch is fixed.
+                scale = np.broadcast_to(scale, len(right.sums))
+                zeros = [np.broadcast_to(zero, len(right.sums))] if zero.any() else []
             axes = {"axis": axis} if scale.ndim else {}
-            return g.add("DequantizeLinear", right.codes, g.constant(scale), g.constant(zero, right.dtype), **axes)
+            inputs = [g.constant(scale), *(g.constant(each, right.dtype) for each in zeros)]
+            return g.add("DequantizeLinear", right.codes, *inputs, **axes)
         shape = (-1, *[1] * (-1 - axis)) if axis < 0 else (-1, 1, 1, 1)
         zero, scale = (
             np.asarray(v).reshape(shape) if np.ndim(v) else v for v in (right.zero_point + right.rest, right.scale)

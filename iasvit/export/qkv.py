@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+HEADS = "_heads_shape"  # how the name of a shape (batch, tokens, heads, channels) ends
 PERM = [2, 0, 3, 1, 4]  # (B, N, 3, heads, channels) → (3, B, heads, N, channels)
 
 
@@ -32,7 +33,7 @@ def split_qkv(graph: onnx.GraphProto, domain: str) -> None:
             continue
         shape, parts, inner = match
         (path,) = (attribute.s.decode() for attribute in node.attribute if attribute.name == "path")
-        name = f"{node.output[0]}_shape"
+        name = f"{node.output[0]}{HEADS}"
         graph.initializer.append(numpy_helper.from_array(np.array([*shape[:-3], *shape[-2:]], np.int64), name))
         made = []
         for part, output in enumerate(parts):

@@ -18,6 +18,10 @@ from iasvit.export.extras import imported
 from iasvit.export.onnx_file import export_onnx
 
 BACKENDS = ("onnxruntime", "openvino")
+OPENVINO: dict[str, str | int] = {
+    "INFERENCE_PRECISION_HINT": "f32",  # where the CPU has bfloat16 too: codes would be others
+    "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,  # else activations of float layers lose bits
+}
 
 
 def check_backend(backend: str) -> ModuleType:
@@ -102,18 +106,19 @@ def _onnxruntime(package: Any, path: str, threads: int) -> tuple[Any, Any]:
 
 
 def _openvino(package: Any, path: str, threads: int) -> tuple[Any, Any]:
-    # float32, where the CPU has bfloat16 too: codes would be others.
-    settings = {
-        "INFERENCE_NUM_THREADS": threads,
-        "INFERENCE_PRECISION_HINT": "f32",
-        "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,  # else activations of float layers lose bits
-    }
-    compiled = package.Core().compile_model(path, "CPU", settings)
+    settings = {**OPENVINO, "INFERENCE_NUM_THREADS": threads}
+    core = package.Core()
+    model = core.read_model(path)
+    compiled: dict[tuple[int, ...], Any] = {}  # of each shape: where a batch is fixed OpenVINO fuses more
 
     def run(images: Any) -> Sequence[Any]:
-        return [output.copy() for output in compiled(images).values()]
+        if images.shape not in compiled:
+            fixed = model.clone()
+            fixed.reshape(list(images.shape))
+            compiled[images.shape] = core.compile_model(fixed, "CPU", settings)
+        return [output.copy() for output in compiled[images.shape](images).values()]
 
-    return compiled, run
+    return model, run
 
 
 def threads_of() -> int:

@@ -2,8 +2,10 @@
 
 Each cell is quantized as `iasvit run imagenet` does it, exported, and run beside the model on the whole split. A row
 has the agreement of their answers, and beside it `agreement_moved`: the model's with itself where each pixel is moved
-to the next float. Of the first images it counts the codes of all quantizers in both; those that differ first in an
-image, at a tie of rounding or not; and those behind them. Rows go to a CSV file. docs/deploy.md says how to read them.
+to the next float. Of the first `code_images` it counts the codes of all quantizers in both, and those that differ, at a
+tie of rounding or not; where one differs the model goes on with the file's, and `agreement_same_codes` is how often the
+two then answer alike. Rows go to a CSV file as they come, and what is there is skipped. docs/deploy.md says how to read
+them.
 """
 
 from __future__ import annotations
@@ -30,6 +32,8 @@ from iasvit.spec import QuantSpec
 from tasks.imagenet import ImageNetTask
 
 app = make_app()
+CODES_AT_ONCE = 25  # images; codes and values of all quantizers are held
+KEY = ("data", "images", "model", "method", "spec", "target", "calib_size", "options")
 
 
 def quantized(task: ImageNetTask, cell: Cell) -> nn.Module:
@@ -49,9 +53,13 @@ def compared(task: ImageNetTask, cell: Cell, model: nn.Module, target: str, code
         iasvit.export_onnx(model, path, target=target)
         exported = ExportedModel(path, backend)
     right, agree, agree_moved, largest, count = [0, 0], 0, 0, 0.0, 0
+    same, largest_same, coded = 0, 0.0, 0
     for batch, labels, _ in task.images.batches(task.models.config(cell.model)):
-        if count < codes:
-            comparison.run(batch)
+        for part in batch[: codes - coded].split(CODES_AT_ONCE) if coded < codes else ():
+            (a,), (b,) = comparison.run(part)
+            same += int((a.argmax(dim=1) == b.argmax(dim=1)).sum())
+            largest_same = max(largest_same, (a - b).abs().max().item())
+            coded += len(part)
         with torch.inference_mode():
             mine, theirs = model(batch), exported(batch)
             moved = model(torch.nextafter(batch, torch.full_like(batch, torch.inf)))
@@ -65,25 +73,37 @@ def compared(task: ImageNetTask, cell: Cell, model: nn.Module, target: str, code
         count += len(batch)
     found = comparison.differences.values()
     return {
-        "data": task.data.name,
-        "images": count,
-        "model": cell.model,
-        "method": cell.method,
-        "spec": cell.spec,
-        "target": target,
+        **key(task, cell, target),
         "top1": round(100 * right[0] / count, 2),
         "top1_exported": round(100 * right[1] / count, 2),
         "agreement": round(100 * agree / count, 3),
         "agreement_moved": round(100 * agree_moved / count, 3),
         "largest_difference": f"{largest:.3g}",
+        "code_images": coded,
         "codes": sum(each.codes for each in found),
         "ties": sum(each.ties for each in found),
         "no_ties": sum(each.others for each in found),
-        "behind": sum(each.after for each in found),
+        "agreement_same_codes": round(100 * same / max(1, coded), 3),
+        "largest_difference_same_codes": f"{largest_same:.3g}",
         "layers_with_ties": " ".join(f"{each.path}:{each.ties}" for each in found if each.ties),
         "on_integers": f"{sum(form == 'int8' for form in comparison.forms.values())}/{len(comparison.forms)}",
         "device": describe_device(torch.device("cpu")),
     }
+
+
+def key(task: ImageNetTask, cell: Cell, target: str) -> dict[str, Any]:
+    """What tells a row from others."""
+    options = " ".join(f"{name}={value}" for name, value in cell.options)
+    own = (cell.model, cell.method, cell.spec, target, cell.calib_size, options)
+    return dict(zip(KEY, (task.data.name, task.split_size, *own), strict=True))
+
+
+def stored(path: Path) -> set[tuple[str, ...]]:
+    """Keys of the rows that a CSV file has."""
+    if not path.exists():
+        return set()
+    with path.open(newline="", encoding="utf-8") as file:
+        return {tuple(row.get(name) or "" for name in KEY) for row in csv.DictReader(file)}
 
 
 @app.command()
@@ -96,7 +116,7 @@ def exported(
     data_name: Annotated[str | None, typer.Option(help="With --data folder: the data set's name in rows.")] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="Weights of the model.")] = None,
     calib_size: Annotated[int | None, typer.Option(help="Number of calibration images.")] = None,
-    iterations: Annotated[int | None, typer.Option(help="Learning steps of methods that learn.")] = None,
+    option: Annotated[list[str] | None, typer.Option(help="Repeatable; NAME=VALUE, for methods that take it.")] = None,
     limit: Annotated[int | None, typer.Option(help="Evaluate this many images only.")] = None,
     saved: Annotated[
         Path | None,
@@ -113,8 +133,8 @@ def exported(
     torch.set_num_threads(threads)
     if saved is not None and len(backbone) * len(bits) * len(method) > 1:
         raise IasvitError("--saved is one model; name one --backbone, one --bits and one --method")
-    for name in method:  # an option need not be of all methods
-        takes = "iterations" in iasvit.methods.method_options(name)
+    for name in method:
+        takes = [text for text in option or [] if text.partition("=")[0] in iasvit.methods.method_options(name)]
         task, cells = ImageNetTask.grid(
             bits=bits,
             seed=[0],
@@ -125,11 +145,13 @@ def exported(
             data_name=data_name,
             checkpoint=checkpoint,
             calib_size=calib_size,
-            iterations=iterations if takes else None,
+            option=takes,
             device="cpu",
             limit=limit,
         )
         for cell in cells:
+            if tuple(str(value) for value in key(task, cell, target).values()) in stored(out):
+                continue
             model = quantized(task, cell) if saved is None else iasvit.load(saved)
             row = compared(task, cell, model, target, codes)
             print(row, flush=True)

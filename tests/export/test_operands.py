@@ -11,11 +11,12 @@ from torch import Tensor
 
 pytest.importorskip("onnxruntime", reason="the extra export is not installed")
 
-from graphs import run
+from graphs import run, run_by_openvino
 
 from iasvit.errors import IasvitError
 from iasvit.export.graph import Graph
 from iasvit.export.operands import MOST_PLANES, operand
+from iasvit.export.products import Emitter, Right
 from iasvit.quantizers import (
     AdaLogQuantizer,
     Log2Quantizer,
@@ -98,6 +99,44 @@ def test_what_a_softmax_of_three_and_four_bits_takes() -> None:
         quantizer = KINDS[kind](n_bits)
         quantizer.calibrate(x)
         assert exported(quantizer, x)[1] == planes, (kind, n_bits)
+
+
+def near_thresholds(quantizer: Log2Quantizer) -> np.ndarray:
+    """Floats around each value that its planes turn at, those whose 24 bits are all 1, and others; n×32×32."""
+    k, scale = quantizer.steps_per_octave, float(quantizer.scale)
+    values = [np.exp2(-12 * np.random.default_rng(0).random(4000)).astype(np.float32)]
+    for odd in range(k):
+        factor = np.float32(0.75 * 2 ** ((odd + 0.5) / k) / scale)
+        for start in (1.0, 1.5):
+            bits = (start * np.exp2(np.arange(-14, 2)) / float(factor)).astype(np.float32).view(np.int32)
+            values.append((bits[:, None] + np.arange(-20, 21, dtype=np.int32)).view(np.float32).ravel())
+    x = np.concatenate(values)
+    x = x[x <= 1]
+    return x[: len(x) // 1024 * 1024].reshape(-1, 32, 32)
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino", "openvino, fixed"])
+@pytest.mark.parametrize(("n_bits", "k", "zero_code"), [(3, 1, True), (4, 1, False), (4, 2, True), (6, 2, True)])
+def test_powers_without_a_logarithm(n_bits: int, k: int, zero_code: bool, runtime: str) -> None:
+    """A code turns within float32's rounding of its threshold; a runtime that fuses operations gives the same."""
+    quantizer = Log2Quantizer(n_bits, steps_per_octave=k, zero_code=zero_code)
+    quantizer.scale = torch.tensor(0.8312)
+    x = near_thresholds(quantizer)
+    target = runtime.partition(",")[0]
+    graph = Graph("q_", target == "openvino")
+    made = operand(quantizer, graph, "x")
+    zero = np.zeros((), np.int64)
+    one = Right(graph.constant(np.eye(32), np.int8), np.int8, np.float32(1), zero, zero, np.ones(32))
+    emit = Emitter(graph, target, False)
+    product = emit.float_matmul(made.values, one) if made.values else emit.matmul(made, one)
+    if target == "onnxruntime":
+        (theirs,) = run(graph, [product], x=x)
+    else:
+        theirs = run_by_openvino(graph, product, x, fixed=runtime.endswith("fixed"))
+    mine = quantizer(torch.from_numpy(x)).numpy()
+    wrong = x[np.abs(theirs - mine) > 1e-5 * mine + 1e-7].astype(np.float64)
+    codes = -k * np.log2(wrong / np.float32(0.8312))
+    assert np.all(np.abs(codes - np.floor(codes) - 0.5) < 1e-5)
 
 
 @pytest.mark.parametrize("zero_point", [-300, -100, 0, 15, 255, 256, 1000])
