@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from iasvit.errors import IasvitError
+from iasvit.quantizers import kernels
 from iasvit.quantizers.evaluation import PIECE, cell_table, look_up, pieces, worth_a_table
 from iasvit.quantizers.pool import Pool
 
@@ -175,6 +176,23 @@ class Quantizer(nn.Module):
             self._cells = key, cell_table(self._codes, self._values)
         return self._cells[1]
 
+    def _fused(self, x: Tensor, gradient: bool) -> tuple[Tensor, Tensor | None] | None:
+        """_fake_quantize of x, and _ste where that is wanted, to the bit, for an x that `kernels.serve` takes.
+
+        Strides are those of _fake_quantize. None where there is no faster way than that.
+        """
+        if not (self.monotone and worth_a_table(x) and x.is_contiguous()):
+            return None
+        values = look_up(x, self._table(), self._fake_quantize)
+        if not gradient:
+            return values, None
+        bounds = self._log_bounds()
+        return values, self._ste(x, values) if bounds is None else kernels.log_gradient(x, values, *bounds)
+
+    def _log_bounds(self) -> tuple[float, float, float] | None:
+        """(η, low, high) where _ste is (x̂ + η) / (x + η) for low <= x + η <= high and x̂ + η > 0, and 0 elsewhere."""
+        return None
+
     def _ste(self, x: Tensor, values: Tensor) -> Tensor:
         """d values / d x with rounding taken as the identity, or a bool mask where that is 0 or 1; x's shape."""
         raise NotImplementedError
@@ -201,12 +219,17 @@ class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, quantizer: Quantizer) -> Tensor:
         needs_grad = ctx.needs_input_grad[0]
-        if not (x.is_cpu and quantizer.elementwise and x.numel() > 2 * PIECE):
+        large = x.is_cpu and quantizer.elementwise and x.numel() > 2 * PIECE
+        x = x.contiguous() if large else x
+        if kernels.serve(x) and (fused := quantizer._fused(x, needs_grad)) is not None:
+            if needs_grad:
+                ctx.save_for_backward(fused[1])
+            return fused[0]
+        if not large:
             values = quantizer._fake_quantize(x)
             if needs_grad:
                 ctx.save_for_backward(quantizer._ste(x, values))
             return values
-        x = x.contiguous()
         values, ste = torch.empty_like(x), torch.empty_like(x) if needs_grad else x
         for source, target, gradient in pieces(x, values, ste):
             quantizer._fake_quantize(source, out=target)
@@ -218,4 +241,6 @@ class _FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad * ctx.saved_tensors[0], None
+        (ste,) = ctx.saved_tensors
+        product = kernels.masked(grad, ste) if ste.dtype == torch.bool and kernels.serve(grad) else None
+        return grad * ste if product is None else product, None

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from iasvit.quantizers import kernels
+
 SHIFT = 14  # lower bits of a float32 that a cell leaves out: 512 cells from one power of 2 to the next
 MARGIN = 64  # floats; log2 of two floats that are neighbours may come in the wrong order, so nearby is cut, too
 LEAST = 2**15  # values; below it the few calls of the formula cost less
@@ -58,6 +60,8 @@ def worth_a_table(x: Tensor) -> bool:
 def look_up(x: Tensor, table: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
     """Values of a table for x (float32, any shape), and what `compute` gives for those x whose cell has none."""
     x = x.contiguous()
+    if kernels.serve(x):
+        return kernels.look_up(x, table, SHIFT, compute)
     values = torch.empty_like(x)
     cells = torch.empty(min(PIECE, x.numel()), dtype=torch.int32)
     open_, start = [], 0

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from iasvit.quantizers import kernels
 from iasvit.quantizers.base import Quantizer
 from iasvit.quantizers.evaluation import pieces
 from iasvit.quantizers.pool import Pool
@@ -96,7 +97,16 @@ class UniformQuantizer(Quantizer):
     def _fake_quantize(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         return self._fake_quantize_with(x, *self._shaped(x.ndim), out=out)
 
+    def _fused(self, x: Tensor, gradient: bool) -> tuple[Tensor, Tensor | None] | None:
+        reach = self._reach(self.scale) if gradient else None
+        zero_point = self.zero_point.to(torch.float32)
+        return kernels.uniform(x, self.scale, zero_point, self.n_levels - 1, self.channel_dim, reach)
+
     def _evaluate_in_order(self, x: Tensor) -> Tensor:
+        if kernels.serve(x):
+            fused = self._fused(x.contiguous() if self.channel_dim is None else x, gradient=False)
+            if fused is not None:
+                return fused[0]
         # Two passes less than _fake_quantize. Sums of round(x / s) and z are exact, or beyond the range either way;
         # 0 is added, for -0 would come of a small negative x.
         if (
@@ -115,7 +125,11 @@ class UniformQuantizer(Quantizer):
     def _ste(self, x: Tensor, values: Tensor) -> Tensor:
         # The gradient is 1 where rounding is all that happened, 0 where x was clamped.
         scale, _ = self._shaped(x.ndim)
-        return (x - values).abs_() <= scale / 2 * (1 + 1e-5)
+        return (x - values).abs_() <= self._reach(scale)
+
+    @staticmethod
+    def _reach(scale: Tensor) -> Tensor:
+        return scale / 2 * (1 + 1e-5)
 
     def config(self) -> dict[str, Any]:
         return {**super().config(), "channel_dim": self.channel_dim, "percentiles": list(self.percentiles)}

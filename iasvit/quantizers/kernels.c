@@ -1,0 +1,94 @@
+// Fake quantization in one pass over memory. Only +, -, *, / and rounding of IEEE floats, each for itself, so that every
+// value has the bits that torch's operators give it.
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+static inline float round_trip(float x, float s, float z, float top) {
+    float code = rintf(x / s) + z;
+    code = code < 0.0f ? 0.0f : code; // NaN stays NaN
+    code = code > top ? top : code;
+    return (code - z) * s;
+}
+
+// Whether rounding is all that happened: |x - value| at most `reach`.
+static inline uint8_t is_inside(float x, float value, float reach) {
+    return fabsf(x - value) <= reach;
+}
+
+// A scale for each of `channels` runs of `inner` values, and that `outer` times. `inside` may be NULL.
+void uniform_runs(const float *restrict x, const float *restrict s, const float *restrict z,
+                  const float *restrict reach, float top, int64_t outer, int64_t channels, int64_t inner,
+                  float *restrict values, uint8_t *restrict inside) {
+    for (int64_t run = 0; run < outer * channels; run++) {
+        const float scale = s[run % channels], zero = z[run % channels], far = reach[run % channels];
+        const float *from = x + run * inner;
+        float *to = values + run * inner;
+        if (inside) {
+            uint8_t *in = inside + run * inner;
+            for (int64_t i = 0; i < inner; i++) {
+                const float value = round_trip(from[i], scale, zero, top);
+                in[i] = is_inside(from[i], value, far);
+                to[i] = value;
+            }
+        } else
+            for (int64_t i = 0; i < inner; i++) to[i] = round_trip(from[i], scale, zero, top);
+    }
+}
+
+// A scale for each of `channels` values that lie side by side, and that `outer` times. `inside` may be NULL.
+void uniform_columns(const float *restrict x, const float *restrict s, const float *restrict z,
+                     const float *restrict reach, float top, int64_t outer, int64_t channels,
+                     float *restrict values, uint8_t *restrict inside) {
+    for (int64_t row = 0; row < outer; row++) {
+        const float *from = x + row * channels;
+        float *to = values + row * channels;
+        if (inside) {
+            uint8_t *in = inside + row * channels;
+            for (int64_t i = 0; i < channels; i++) {
+                const float value = round_trip(from[i], s[i], z[i], top);
+                in[i] = is_inside(from[i], value, reach[i]);
+                to[i] = value;
+            }
+        } else
+            for (int64_t i = 0; i < channels; i++) to[i] = round_trip(from[i], s[i], z[i], top);
+    }
+}
+
+// gradient * inside.
+void masked(const float *restrict gradient, const uint8_t *restrict inside, int64_t count, float *restrict out) {
+    for (int64_t i = 0; i < count; i++) out[i] = gradient[i] * (float)inside[i];
+}
+
+// The table's value for the upper bits of each x; positions of those that have none (NaN) go to `open`, their number is
+// returned.
+int64_t look_up(const float *restrict x, const float *restrict table, int shift, int64_t count,
+                float *restrict values, int64_t *restrict open) {
+    enum { PIECE = 1024 };
+    int64_t found = 0;
+    for (int64_t start = 0; start < count; start += PIECE) {
+        const int64_t stop = start + PIECE < count ? start + PIECE : count;
+        int none = 0;
+        for (int64_t i = start; i < stop; i++) {
+            uint32_t bits;
+            memcpy(&bits, x + i, sizeof bits);
+            const float value = table[bits >> shift];
+            values[i] = value;
+            none |= value != value;
+        }
+        if (none)
+            for (int64_t i = start; i < stop; i++)
+                if (values[i] != values[i]) open[found++] = i;
+    }
+    return found;
+}
+
+// (value + shift) / (x + shift) where low <= x + shift <= high and value + shift > 0; elsewhere 0.
+void log_gradient(const float *restrict x, const float *restrict values, float shift, float low, float high,
+                  int64_t count, float *restrict out) {
+    for (int64_t i = 0; i < count; i++) {
+        const float from = x[i] + shift, to = values[i] + shift;
+        const float ratio = to / from;
+        out[i] = (from >= low) & (from <= high) & (to > 0.0f) ? ratio : 0.0f;
+    }
+}

@@ -1,0 +1,164 @@
+"""Fake quantization on a CPU in one pass over memory: loops in C, which the machine's own compiler translates once.
+
+torch has no operator for it, so that a quantizer is a dozen passes, each of which waits for memory. The loops of
+`kernels.c` compute to the bit what those passes do. Where there is no C compiler, where what it makes is not equal on
+a few values, or where torch has more threads than THREADS, the passes are taken; nothing but speed differs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from iasvit.scratch import scratch
+
+SOURCE = Path(__file__).with_name("kernels.c")
+FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+SECONDS = 60  # for a translation, which takes a fifth of one
+THREADS = 4  # the loops run in one thread, torch's passes in all
+LEAST = 2**12  # values; torch's operators are as fast for fewer
+
+_POINTER, _COUNT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+_ARGUMENTS = {
+    "uniform_runs": [*[_POINTER] * 4, _FLOAT, *[_COUNT] * 3, *[_POINTER] * 2],
+    "uniform_columns": [*[_POINTER] * 4, _FLOAT, *[_COUNT] * 2, *[_POINTER] * 2],
+    "masked": [*[_POINTER] * 2, _COUNT, _POINTER],
+    "look_up": [*[_POINTER] * 2, ctypes.c_int, _COUNT, *[_POINTER] * 2],
+    "log_gradient": [*[_POINTER] * 2, *[_FLOAT] * 3, _COUNT, _POINTER],
+}
+
+
+def serve(x: Tensor) -> bool:
+    """Whether the functions below take x, and are faster than torch's operators."""
+    return (
+        x.is_cpu
+        and x.dtype == torch.float32
+        and x.numel() >= LEAST
+        and torch.get_num_threads() <= THREADS
+        and library() is not None
+    )
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The loops, translated for this machine by $CC, or cc; None where that cannot be done. Nothing of it is kept."""
+    compiler = shutil.which(os.environ.get("CC") or "cc")
+    if compiler is None:
+        return None
+    try:
+        with scratch("kernels-") as folder:
+            file = folder / "kernels.so"
+            command = [compiler, *FLAGS, "-o", str(file), str(SOURCE), "-lm"]
+            subprocess.run(command, check=True, capture_output=True, timeout=SECONDS)
+            loaded = ctypes.CDLL(str(file))
+    except (OSError, subprocess.SubprocessError):
+        return None
+    for name, arguments in _ARGUMENTS.items():
+        function = getattr(loaded, name)
+        function.argtypes, function.restype = arguments, _COUNT if name == "look_up" else None
+    return loaded if _is_exact(loaded) else None
+
+
+def _is_exact(loaded: ctypes.CDLL) -> bool:
+    """Whether divisions, ties, sums and NaN are what they are in torch: a compiler may have options of its own."""
+    x = torch.cat([torch.linspace(-5, 5, 1021), torch.tensor([0.75, -0.75, torch.nan])])
+    scale, zero_point = torch.tensor(0.3), torch.tensor(3.0)
+    reach = scale / 2
+    values, inside = torch.empty_like(x), torch.empty_like(x, dtype=torch.bool)
+    ends = (1, 1, len(x), values.data_ptr(), inside.data_ptr())
+    loaded.uniform_runs(x.data_ptr(), scale.data_ptr(), zero_point.data_ptr(), reach.data_ptr(), 7.0, *ends)
+    wanted = ((x / scale).round() + zero_point).clamp(0, 7).sub(zero_point).mul(scale)
+    return torch.equal(inside, (x - wanted).abs() <= reach) and torch.equal(
+        values.view(torch.int32)[:-1], wanted.view(torch.int32)[:-1]
+    )
+
+
+def uniform(
+    x: Tensor, scale: Tensor, zero_point: Tensor, top: int, channel_dim: int | None, reach: Tensor | None
+) -> tuple[Tensor, Tensor | None] | None:
+    """(clamp(round(x / s) + z, 0, top) - z)·s, and where |x - that| is at most `reach`.
+
+    Args:
+        x: that `serve` takes.
+        scale: s, float32: a scalar, or an entry for each index of channel_dim.
+        zero_point: z, float32, of scale's shape.
+        top: the last code.
+        channel_dim: of x; None where s is a scalar.
+        reach: float32, of scale's shape; None where nobody asks for the mask.
+
+    Returns:
+        Values in the strides that torch's operators would give them, and the mask (bool, alike) or None. None for
+        channels of an x that is not contiguous.
+    """
+    loaded = library()
+    assert loaded is not None
+    if channel_dim is not None and not x.is_contiguous():
+        return None
+    x, values = _dense(x)
+    inside = None if reach is None else torch.empty_like(values, dtype=torch.bool)
+    far = scale if reach is None else reach
+    given = (x.data_ptr(), scale.data_ptr(), zero_point.data_ptr(), far.data_ptr(), float(top))
+    made = (values.data_ptr(), None if inside is None else inside.data_ptr())
+    if channel_dim is None:
+        loaded.uniform_runs(*given, 1, 1, x.numel(), *made)
+    else:
+        dim = channel_dim % x.ndim
+        outer, inner = x.shape[:dim].numel(), x.shape[dim + 1 :].numel()
+        if inner == 1:
+            loaded.uniform_columns(*given, outer, x.shape[dim], *made)
+        else:
+            loaded.uniform_runs(*given, outer, x.shape[dim], inner, *made)
+    return values, inside
+
+
+def masked(gradient: Tensor, inside: Tensor) -> Tensor | None:
+    """gradient * inside, a bool mask; None where they do not lie in memory alike."""
+    loaded = library()
+    assert loaded is not None
+    if gradient.stride() != inside.stride():
+        return None
+    out = torch.empty_like(gradient)
+    loaded.masked(gradient.data_ptr(), inside.data_ptr(), gradient.numel(), out.data_ptr())
+    return out
+
+
+def look_up(x: Tensor, table: Tensor, shift: int, compute: Callable[[Tensor], Tensor]) -> Tensor:
+    """The table's entry for `bits of x >> shift`, and what `compute` gives for those x whose entry is NaN.
+
+    x is contiguous.
+    """
+    loaded = library()
+    assert loaded is not None
+    values = torch.empty_like(x)
+    open_ = torch.empty(x.numel(), dtype=torch.int64)  # pages that nobody writes to take no memory
+    found = loaded.look_up(x.data_ptr(), table.data_ptr(), shift, x.numel(), values.data_ptr(), open_.data_ptr())
+    if found:
+        where = open_[:found]
+        values.view(-1)[where] = compute(x.view(-1)[where])
+    return values
+
+
+def log_gradient(x: Tensor, values: Tensor, shift: float, low: float, high: float) -> Tensor:
+    """(values + shift) / (x + shift) where low <= x + shift <= high and values + shift > 0, elsewhere 0.
+
+    x and values are contiguous.
+    """
+    loaded = library()
+    assert loaded is not None
+    out = torch.empty_like(values)
+    loaded.log_gradient(x.data_ptr(), values.data_ptr(), shift, low, high, x.numel(), out.data_ptr())
+    return out
+
+
+def _dense(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x without gaps in memory, and an empty tensor of the same strides, which are those that an operator would give."""
+    out = torch.empty_like(x)
+    return (x if x.stride() == out.stride() else x.clone()), out
