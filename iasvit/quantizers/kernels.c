@@ -11,24 +11,24 @@ static inline float round_trip(float x, float s, float z, float top) {
     return (code - z) * s;
 }
 
-// Whether rounding is all that happened: |x - value| at most `reach`.
-static inline uint8_t is_inside(float x, float value, float reach) {
-    return fabsf(x - value) <= reach;
+// How far rounding moves a value: half a step, and what float32 adds.
+static inline float reach(float s) {
+    return s / 2.0f * (float)(1 + 1e-5);
 }
 
-// A scale for each of `channels` runs of `inner` values, and that `outer` times. `inside` may be NULL.
-void uniform_runs(const float *restrict x, const float *restrict s, const float *restrict z,
-                  const float *restrict reach, float top, int64_t outer, int64_t channels, int64_t inner,
-                  float *restrict values, uint8_t *restrict inside) {
+// A scale for each of `channels` runs of `inner` values, and that `outer` times. `inside`, which may be NULL: whether
+// rounding is all that happened to a value.
+void uniform_runs(const float *restrict x, const float *restrict s, const int32_t *restrict z, float top,
+                  int64_t outer, int64_t channels, int64_t inner, float *restrict values, uint8_t *restrict inside) {
     for (int64_t run = 0; run < outer * channels; run++) {
-        const float scale = s[run % channels], zero = z[run % channels], far = reach[run % channels];
+        const float scale = s[run % channels], zero = (float)z[run % channels], far = reach(scale);
         const float *from = x + run * inner;
         float *to = values + run * inner;
         if (inside) {
             uint8_t *in = inside + run * inner;
             for (int64_t i = 0; i < inner; i++) {
                 const float value = round_trip(from[i], scale, zero, top);
-                in[i] = is_inside(from[i], value, far);
+                in[i] = fabsf(from[i] - value) <= far;
                 to[i] = value;
             }
         } else
@@ -36,22 +36,21 @@ void uniform_runs(const float *restrict x, const float *restrict s, const float 
     }
 }
 
-// A scale for each of `channels` values that lie side by side, and that `outer` times. `inside` may be NULL.
-void uniform_columns(const float *restrict x, const float *restrict s, const float *restrict z,
-                     const float *restrict reach, float top, int64_t outer, int64_t channels,
-                     float *restrict values, uint8_t *restrict inside) {
+// A scale for each of `channels` values that lie side by side, and that `outer` times.
+void uniform_columns(const float *restrict x, const float *restrict s, const int32_t *restrict z, float top,
+                     int64_t outer, int64_t channels, float *restrict values, uint8_t *restrict inside) {
     for (int64_t row = 0; row < outer; row++) {
         const float *from = x + row * channels;
         float *to = values + row * channels;
         if (inside) {
             uint8_t *in = inside + row * channels;
             for (int64_t i = 0; i < channels; i++) {
-                const float value = round_trip(from[i], s[i], z[i], top);
-                in[i] = is_inside(from[i], value, reach[i]);
+                const float value = round_trip(from[i], s[i], (float)z[i], top);
+                in[i] = fabsf(from[i] - value) <= reach(s[i]);
                 to[i] = value;
             }
         } else
-            for (int64_t i = 0; i < channels; i++) to[i] = round_trip(from[i], s[i], z[i], top);
+            for (int64_t i = 0; i < channels; i++) to[i] = round_trip(from[i], s[i], (float)z[i], top);
     }
 }
 
@@ -83,12 +82,12 @@ int64_t look_up(const float *restrict x, const float *restrict table, int shift,
     return found;
 }
 
-// (value + shift) / (x + shift) where low <= x + shift <= high and value + shift > 0; elsewhere 0.
-void log_gradient(const float *restrict x, const float *restrict values, float shift, float low, float high,
-                  int64_t count, float *restrict out) {
+// gradient * (value + shift) / (x + shift) where low <= x + shift <= high and value + shift > 0; elsewhere 0.
+void log_gradient(const float *restrict gradient, const float *restrict x, const float *restrict values, float shift,
+                  float low, float high, int64_t count, float *restrict out) {
     for (int64_t i = 0; i < count; i++) {
         const float from = x[i] + shift, to = values[i] + shift;
         const float ratio = to / from;
-        out[i] = (from >= low) & (from <= high) & (to > 0.0f) ? ratio : 0.0f;
+        out[i] = gradient[i] * ((from >= low) & (from <= high) & (to > 0.0f) ? ratio : 0.0f);
     }
 }

@@ -28,11 +28,11 @@ LEAST = 2**12  # values; torch's operators are as fast for fewer
 
 _POINTER, _COUNT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _ARGUMENTS = {
-    "uniform_runs": [*[_POINTER] * 4, _FLOAT, *[_COUNT] * 3, *[_POINTER] * 2],
-    "uniform_columns": [*[_POINTER] * 4, _FLOAT, *[_COUNT] * 2, *[_POINTER] * 2],
+    "uniform_runs": [*[_POINTER] * 3, _FLOAT, *[_COUNT] * 3, *[_POINTER] * 2],
+    "uniform_columns": [*[_POINTER] * 3, _FLOAT, *[_COUNT] * 2, *[_POINTER] * 2],
     "masked": [*[_POINTER] * 2, _COUNT, _POINTER],
     "look_up": [*[_POINTER] * 2, ctypes.c_int, _COUNT, *[_POINTER] * 2],
-    "log_gradient": [*[_POINTER] * 2, *[_FLOAT] * 3, _COUNT, _POINTER],
+    "log_gradient": [*[_POINTER] * 3, *[_FLOAT] * 3, _COUNT, _POINTER],
 }
 
 
@@ -70,52 +70,53 @@ def library() -> ctypes.CDLL | None:
 def _is_exact(loaded: ctypes.CDLL) -> bool:
     """Whether divisions, ties, sums and NaN are what they are in torch: a compiler may have options of its own."""
     x = torch.cat([torch.linspace(-5, 5, 1021), torch.tensor([0.75, -0.75, torch.nan])])
-    scale, zero_point = torch.tensor(0.3), torch.tensor(3.0)
-    reach = scale / 2
+    scale, zero_point = torch.tensor(0.3), torch.tensor(3, dtype=torch.int32)
     values, inside = torch.empty_like(x), torch.empty_like(x, dtype=torch.bool)
     ends = (1, 1, len(x), values.data_ptr(), inside.data_ptr())
-    loaded.uniform_runs(x.data_ptr(), scale.data_ptr(), zero_point.data_ptr(), reach.data_ptr(), 7.0, *ends)
+    loaded.uniform_runs(x.data_ptr(), scale.data_ptr(), zero_point.data_ptr(), 7.0, *ends)
     wanted = ((x / scale).round() + zero_point).clamp(0, 7).sub(zero_point).mul(scale)
-    return torch.equal(inside, (x - wanted).abs() <= reach) and torch.equal(
+    return torch.equal(inside, (x - wanted).abs() <= scale / 2 * (1 + 1e-5)) and torch.equal(
         values.view(torch.int32)[:-1], wanted.view(torch.int32)[:-1]
     )
 
 
 def uniform(
-    x: Tensor, scale: Tensor, zero_point: Tensor, top: int, channel_dim: int | None, reach: Tensor | None
+    x: Tensor, scale: Tensor, zero_point: Tensor, top: int, channel_dim: int | None, mask: bool
 ) -> tuple[Tensor, Tensor | None] | None:
-    """(clamp(round(x / s) + z, 0, top) - z)·s, and where |x - that| is at most `reach`.
+    """(clamp(round(x / s) + z, 0, top) - z)·s, and where |x - that| is at most s/2·(1 + 1e-5).
 
     Args:
         x: that `serve` takes.
         scale: s, float32: a scalar, or an entry for each index of channel_dim.
-        zero_point: z, float32, of scale's shape.
+        zero_point: z, int32, of scale's shape.
         top: the last code.
         channel_dim: of x; None where s is a scalar.
-        reach: float32, of scale's shape; None where nobody asks for the mask.
+        mask: whether the second is wanted.
 
     Returns:
         Values in the strides that torch's operators would give them, and the mask (bool, alike) or None. None for
-        channels of an x that is not contiguous.
+        channels of an x that is not contiguous, and for parameters of other types.
     """
     loaded = library()
     assert loaded is not None
-    if channel_dim is not None and not x.is_contiguous():
+    if scale.dtype != torch.float32 or zero_point.dtype != torch.int32:
         return None
-    x, values = _dense(x)
-    inside = None if reach is None else torch.empty_like(values, dtype=torch.bool)
-    far = scale if reach is None else reach
-    given = (x.data_ptr(), scale.data_ptr(), zero_point.data_ptr(), far.data_ptr(), float(top))
+    if channel_dim is not None and not (x.is_contiguous() and scale.is_contiguous() and zero_point.is_contiguous()):
+        return None
+    values = torch.empty_like(x)  # without gaps in memory
+    x = x if x.stride() == values.stride() else x.clone()
+    inside = torch.empty_like(values, dtype=torch.bool) if mask else None
+    given = (x.data_ptr(), scale.data_ptr(), zero_point.data_ptr(), top)
     made = (values.data_ptr(), None if inside is None else inside.data_ptr())
     if channel_dim is None:
         loaded.uniform_runs(*given, 1, 1, x.numel(), *made)
+        return values, inside
+    dim = channel_dim % x.ndim
+    outer, inner = x.shape[:dim].numel(), x.shape[dim + 1 :].numel()
+    if inner == 1:
+        loaded.uniform_columns(*given, outer, x.shape[dim], *made)
     else:
-        dim = channel_dim % x.ndim
-        outer, inner = x.shape[:dim].numel(), x.shape[dim + 1 :].numel()
-        if inner == 1:
-            loaded.uniform_columns(*given, outer, x.shape[dim], *made)
-        else:
-            loaded.uniform_runs(*given, outer, x.shape[dim], inner, *made)
+        loaded.uniform_runs(*given, outer, x.shape[dim], inner, *made)
     return values, inside
 
 
@@ -146,19 +147,14 @@ def look_up(x: Tensor, table: Tensor, shift: int, compute: Callable[[Tensor], Te
     return values
 
 
-def log_gradient(x: Tensor, values: Tensor, shift: float, low: float, high: float) -> Tensor:
-    """(values + shift) / (x + shift) where low <= x + shift <= high and values + shift > 0, elsewhere 0.
+def log_gradient(gradient: Tensor, x: Tensor, values: Tensor, shift: float, low: float, high: float) -> Tensor:
+    """gradient·(values + shift) / (x + shift) where low <= x + shift <= high and values + shift > 0, elsewhere 0.
 
-    x and values are contiguous.
+    All are contiguous.
     """
     loaded = library()
     assert loaded is not None
-    out = torch.empty_like(values)
-    loaded.log_gradient(x.data_ptr(), values.data_ptr(), shift, low, high, x.numel(), out.data_ptr())
+    out = torch.empty_like(gradient)
+    given = (gradient.data_ptr(), x.data_ptr(), values.data_ptr(), shift, low, high, x.numel())
+    loaded.log_gradient(*given, out.data_ptr())
     return out
-
-
-def _dense(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x without gaps in memory, and an empty tensor of the same strides, which are those that an operator would give."""
-    out = torch.empty_like(x)
-    return (x if x.stride() == out.stride() else x.clone()), out

@@ -98,9 +98,7 @@ class UniformQuantizer(Quantizer):
         return self._fake_quantize_with(x, *self._shaped(x.ndim), out=out)
 
     def _fused(self, x: Tensor, gradient: bool) -> tuple[Tensor, Tensor | None] | None:
-        reach = self._reach(self.scale) if gradient else None
-        zero_point = self.zero_point.to(torch.float32)
-        return kernels.uniform(x, self.scale, zero_point, self.n_levels - 1, self.channel_dim, reach)
+        return kernels.uniform(x, self.scale, self.zero_point, self.n_levels - 1, self.channel_dim, gradient)
 
     def _evaluate_in_order(self, x: Tensor) -> Tensor:
         if kernels.serve(x):
@@ -125,11 +123,7 @@ class UniformQuantizer(Quantizer):
     def _ste(self, x: Tensor, values: Tensor) -> Tensor:
         # The gradient is 1 where rounding is all that happened, 0 where x was clamped.
         scale, _ = self._shaped(x.ndim)
-        return (x - values).abs_() <= self._reach(scale)
-
-    @staticmethod
-    def _reach(scale: Tensor) -> Tensor:
-        return scale / 2 * (1 + 1e-5)
+        return (x - values).abs_() <= scale / 2 * (1 + 1e-5)
 
     def config(self) -> dict[str, Any]:
         return {**super().config(), "channel_dim": self.channel_dim, "percentiles": list(self.percentiles)}
