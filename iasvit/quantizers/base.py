@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from iasvit.errors import IasvitError
 from iasvit.quantizers import kernels
-from iasvit.quantizers.evaluation import PIECE, cell_table, look_up, pieces, worth_a_table
+from iasvit.quantizers.evaluation import PIECE, Cells, cell_table, look_up, pieces, worth_a_table
 from iasvit.quantizers.pool import Pool
 
 CONFIG_KEY = "config"
@@ -47,7 +47,7 @@ class Quantizer(nn.Module):
             raise IasvitError(f"n_bits is {n_bits}, but quantizers have 2 to 8 bits")
         self.n_bits = n_bits
         self.enabled = True
-        self._cells: tuple[object, tuple[Tensor, tuple[float, float, float] | None]] | None = None
+        self._cells: tuple[object, tuple[Cells, tuple[float, float, float] | None]] | None = None
         for name in self.parameters_:
             self.register_buffer(name, torch.empty(0))
 
@@ -170,7 +170,7 @@ class Quantizer(nn.Module):
             return look_up(x, self._table()[0], self._fake_quantize)
         return _FakeQuantize.apply(x, self)
 
-    def _table(self) -> tuple[Tensor, tuple[float, float, float] | None]:
+    def _table(self) -> tuple[Cells, tuple[float, float, float] | None]:
         """See `cell_table` and `_log_bounds`; computed again where the parameters have changed."""
         key = self.config(), [getattr(self, name).item() for name in self.parameters_]
         if self._cells is None or self._cells[0] != key:

@@ -59,11 +59,12 @@ void masked(const float *restrict gradient, const uint8_t *restrict inside, int6
     for (int64_t i = 0; i < count; i++) out[i] = gradient[i] * (float)inside[i];
 }
 
-// The table's value for the upper bits of each x; positions of those that have none (NaN) go to `open`, their number is
+// The table's value for the upper bits of each x. Where that is NaN, its lowest bits are a row of `fine`, and the 7 bits
+// of x that follow the upper ones the column. Positions of x whose value is NaN there too go to `open`, their number is
 // returned.
-int64_t look_up(const float *restrict x, const float *restrict table, int shift, int64_t count,
-                float *restrict values, int64_t *restrict open) {
-    enum { PIECE = 1024 };
+int64_t look_up(const float *restrict x, const float *restrict table, const float *restrict fine, int shift,
+                int64_t count, float *restrict values, int64_t *restrict open) {
+    enum { PIECE = 512 };
     int64_t found = 0;
     for (int64_t start = 0; start < count; start += PIECE) {
         const int64_t stop = start + PIECE < count ? start + PIECE : count;
@@ -74,6 +75,18 @@ int64_t look_up(const float *restrict x, const float *restrict table, int shift,
             const float value = table[bits >> shift];
             values[i] = value;
             none |= value != value;
+        }
+        if (!none) continue;
+        none = 0;
+        for (int64_t i = start; i < stop; i++) {
+            uint32_t bits, row;
+            memcpy(&bits, x + i, sizeof bits);
+            const float value = values[i];
+            memcpy(&row, &value, sizeof row);
+            const float part = fine[value != value ? (row & 0x3FFFFF) * 128 + ((bits >> (shift - 7)) & 127) : 0];
+            const float better = value != value ? part : value;
+            values[i] = better;
+            none |= better != better;
         }
         if (none)
             for (int64_t i = start; i < stop; i++)

@@ -24,6 +24,7 @@ SOURCE = Path(__file__).with_name("kernels.c")
 FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 SECONDS = 60  # for a translation, which takes a fifth of one
 THREADS = 4  # the loops run in one thread, torch's passes in all
+PIECE = 2**20  # values of which positions are collected at once
 LEAST = 2**12  # values; torch's operators are as fast for fewer
 
 _POINTER, _COUNT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
@@ -31,7 +32,7 @@ _ARGUMENTS = {
     "uniform_runs": [*[_POINTER] * 3, _FLOAT, *[_COUNT] * 3, *[_POINTER] * 2],
     "uniform_columns": [*[_POINTER] * 3, _FLOAT, *[_COUNT] * 2, *[_POINTER] * 2],
     "masked": [*[_POINTER] * 2, _COUNT, _POINTER],
-    "look_up": [*[_POINTER] * 2, ctypes.c_int, _COUNT, *[_POINTER] * 2],
+    "look_up": [*[_POINTER] * 3, ctypes.c_int, _COUNT, *[_POINTER] * 2],
     "log_gradient": [*[_POINTER] * 3, *[_FLOAT] * 3, _COUNT, _POINTER],
 }
 
@@ -68,16 +69,15 @@ def library() -> ctypes.CDLL | None:
 
 
 def _is_exact(loaded: ctypes.CDLL) -> bool:
-    """Whether divisions, ties, sums and NaN are what they are in torch: a compiler may have options of its own."""
-    x = torch.cat([torch.linspace(-5, 5, 1021), torch.tensor([0.75, -0.75, torch.nan])])
-    scale, zero_point = torch.tensor(0.3), torch.tensor(3, dtype=torch.int32)
+    """Whether codes next to ties are those of torch: a compiler may have options of its own."""
+    scale, zero_point = torch.tensor(0.3), torch.tensor(40, dtype=torch.int32)
+    ties = (torch.arange(-50, 50) + 0.5) * scale
+    x = torch.cat([ties, *(torch.nextafter(ties, end.expand_as(ties)) for end in (ties.amin() - 1, ties.amax() + 1))])
     values, inside = torch.empty_like(x), torch.empty_like(x, dtype=torch.bool)
     ends = (1, 1, len(x), values.data_ptr(), inside.data_ptr())
-    loaded.uniform_runs(x.data_ptr(), scale.data_ptr(), zero_point.data_ptr(), 7.0, *ends)
-    wanted = ((x / scale).round() + zero_point).clamp(0, 7).sub(zero_point).mul(scale)
-    return torch.equal(inside, (x - wanted).abs() <= scale / 2 * (1 + 1e-5)) and torch.equal(
-        values.view(torch.int32)[:-1], wanted.view(torch.int32)[:-1]
-    )
+    loaded.uniform_runs(x.data_ptr(), scale.data_ptr(), zero_point.data_ptr(), 80.0, *ends)
+    wanted = ((x / scale).round() + zero_point).clamp(0, 80).sub(zero_point).mul(scale)
+    return torch.equal(values, wanted) and torch.equal(inside, (x - wanted).abs() <= scale / 2 * (1 + 1e-5))
 
 
 def uniform(
@@ -131,19 +131,22 @@ def masked(gradient: Tensor, inside: Tensor) -> Tensor | None:
     return out
 
 
-def look_up(x: Tensor, table: Tensor, shift: int, compute: Callable[[Tensor], Tensor]) -> Tensor:
-    """The table's entry for `bits of x >> shift`, and what `compute` gives for those x whose entry is NaN.
+def look_up(x: Tensor, table: Tensor, fine: Tensor, shift: int, compute: Callable[[Tensor], Tensor]) -> Tensor:
+    """The value that `iasvit.quantizers.evaluation.Cells` has for each x, and where it has none what `compute` gives.
 
     x is contiguous.
     """
     loaded = library()
     assert loaded is not None
     values = torch.empty_like(x)
-    open_ = torch.empty(x.numel(), dtype=torch.int64)  # pages that nobody writes to take no memory
-    found = loaded.look_up(x.data_ptr(), table.data_ptr(), shift, x.numel(), values.data_ptr(), open_.data_ptr())
-    if found:
-        where = open_[:found]
-        values.view(-1)[where] = compute(x.view(-1)[where])
+    open_ = torch.empty(min(PIECE, x.numel()), dtype=torch.int64)
+    tables = (table.data_ptr(), fine.data_ptr(), shift)
+    for source, target in zip(x.view(-1).split(PIECE), values.view(-1).split(PIECE), strict=True):
+        ends = (len(source), target.data_ptr(), open_.data_ptr())
+        found = loaded.look_up(source.data_ptr(), *tables, *ends)
+        if found:
+            where = open_[:found]
+            target[where] = compute(source[where])
     return values
 
 
