@@ -11,6 +11,7 @@ import ctypes
 import os
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -18,7 +19,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from iasvit.scratch import scratch
 
 SOURCE = Path(__file__).with_name("kernels.c")
 FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
@@ -55,8 +55,8 @@ def library() -> ctypes.CDLL | None:
     if compiler is None:
         return None
     try:
-        with scratch("kernels-") as folder:
-            file = folder / "kernels.so"
+        with tempfile.TemporaryDirectory(prefix="iasvit-kernels-") as folder:
+            file = Path(folder) / "kernels.so"
             command = [compiler, *FLAGS, "-o", str(file), str(SOURCE), "-lm"]
             subprocess.run(command, check=True, capture_output=True, timeout=SECONDS)
             loaded = ctypes.CDLL(str(file))
