@@ -19,7 +19,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-
 SOURCE = Path(__file__).with_name("kernels.c")
 FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 SECONDS = 60  # for a translation, which takes a fifth of one
