@@ -1,7 +1,8 @@
 """The fast recipe of I&S-ViT with a closed-form start of its stages, or with the weights of least held-out loss.
 
 `python -m tasks.studies.fast_start backbone=deit_t bits=W3A3 seed=0 limit=2500 calib=256 it=40 lr=1e-3 bs=16
-[ridge=1e-2] [gptq=1e-2] [hold=16 every=5] [data=folder data_root=… data_name=… checkpoint=… device=cuda] [compile=1] [autocast=1]`
+[ridge=1e-2] [gptq=1e-2] [hold=16 every=5] [compile=1] [autocast=1] [device=cuda]
+[data=folder data_root=… data_name=… checkpoint=…]`
 prints one line. A study: none of it helped (docs/real-vit.md), so that the method has no such options.
 
 - ridge: before stage 1 each layer gets the ridge solution that makes up for the activations' error, λ being so much of
