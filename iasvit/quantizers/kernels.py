@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 SOURCE = Path(__file__).with_name("kernels.c")
 FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
@@ -39,7 +40,8 @@ _ARGUMENTS = {
 def serve(x: Tensor) -> bool:
     """Whether the functions below take x, and are faster than torch's operators."""
     return (
-        x.is_cpu
+        type(x) in (Tensor, Parameter)  # a subclass, such as those that tracers pass, may have no memory
+        and x.is_cpu
         and x.dtype == torch.float32
         and x.numel() >= LEAST
         and torch.get_num_threads() <= THREADS

@@ -9,6 +9,7 @@ import pytest
 import torch
 from test_evaluation import KINDS, hard_values, same_bits, seen_by
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from iasvit.quantizers import Quantizer, UniformQuantizer, kernels
 
@@ -119,6 +120,18 @@ def test_parameters_of_another_type_are_left_to_torch() -> None:
     assert quantizer._fused(x, gradient=True) is None
     assert not kernels.serve(x.double())
     assert not kernels.serve(x[0])  # too few to be worth it
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", ["uniform", "sulq"])
+def test_what_has_no_memory_is_left_to_torch(kind: str) -> None:
+    x = seen_by(kind, seed=1).repeat(60, 1)
+    quantizer = KINDS[kind](3)
+    quantizer.calibrate(seen_by(kind))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert not kernels.serve(mode.from_tensor(x))
+    exported = torch.export.export(quantizer, (x,)).module()
+    assert same_bits(exported(x), quantizer(x))
 
 
 @needs_compiler
