@@ -163,8 +163,8 @@ def _method_of(module: ModuleType, target: str, name: str | None) -> type[Any]:
         )
     if name is None and len(methods) > 1:
         raise IasvitError(f"{target} has several methods: {', '.join(methods)}; choose one with --class")
-    cls = methods[name] if name else next(iter(methods.values()))
-    if not dataclasses.is_dataclass(cls):
+    cls: type[Any] = methods[name] if name else next(iter(methods.values()))
+    if not hasattr(cls, "__dataclass_fields__"):
         raise IasvitError(
             f"{cls.__name__} of {target} is no dataclass, whose fields are a method's options; make it one"
         )

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from iasvit.errors import IasvitError
-from iasvit.quantizers.evaluation import PIECE, cell_table, look_up, pieces, worth_a_table
+from iasvit.quantizers import kernels
+from iasvit.quantizers.evaluation import PIECE, Cells, cell_table, look_up, pieces, worth_a_table
 from iasvit.quantizers.pool import Pool
 
 CONFIG_KEY = "config"
@@ -46,7 +47,7 @@ class Quantizer(nn.Module):
             raise IasvitError(f"n_bits is {n_bits}, but quantizers have 2 to 8 bits")
         self.n_bits = n_bits
         self.enabled = True
-        self._cells: tuple[object, Tensor] | None = None
+        self._cells: tuple[object, tuple[Cells, tuple[float, float, float] | None]] | None = None
         for name in self.parameters_:
             self.register_buffer(name, torch.empty(0))
 
@@ -166,14 +167,31 @@ class Quantizer(nn.Module):
 
     def _evaluate_in_order(self, x: Tensor) -> Tensor:
         if self.monotone and worth_a_table(x):
-            return look_up(x, self._table(), self._fake_quantize)
+            return look_up(x, self._table()[0], self._fake_quantize)
         return _FakeQuantize.apply(x, self)
 
-    def _table(self) -> Tensor:
+    def _table(self) -> tuple[Cells, tuple[float, float, float] | None]:
+        """See `cell_table` and `_log_bounds`; computed again where the parameters have changed."""
         key = self.config(), [getattr(self, name).item() for name in self.parameters_]
         if self._cells is None or self._cells[0] != key:
-            self._cells = key, cell_table(self._codes, self._values)
+            self._cells = key, (cell_table(self._codes, self._values), self._log_bounds())
         return self._cells[1]
+
+    def _fused(self, x: Tensor, gradient: bool) -> tuple[Tensor, Tensor | None] | None:
+        """_fake_quantize of x, and _ste where that is wanted, to the bit, for an x that `kernels.serve` takes.
+
+        Strides are those of _fake_quantize. No _ste where `_log_bounds` say it, and None at all where there is no
+        faster way than _fake_quantize.
+        """
+        if not (self.monotone and worth_a_table(x) and x.is_contiguous()):
+            return None
+        table, bounds = self._table()
+        values = look_up(x, table, self._fake_quantize)
+        return values, self._ste(x, values) if gradient and bounds is None else None
+
+    def _log_bounds(self) -> tuple[float, float, float] | None:
+        """(η, low, high) where _ste is (x̂ + η) / (x + η) for low <= x + η <= high and x̂ + η > 0, and 0 elsewhere."""
+        return None
 
     def _ste(self, x: Tensor, values: Tensor) -> Tensor:
         """d values / d x with rounding taken as the identity, or a bool mask where that is 0 or 1; x's shape."""
@@ -201,12 +219,21 @@ class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, quantizer: Quantizer) -> Tensor:
         needs_grad = ctx.needs_input_grad[0]
-        if not (x.is_cpu and quantizer.elementwise and x.numel() > 2 * PIECE):
+        large = x.is_cpu and quantizer.elementwise and x.numel() > 2 * PIECE
+        x = x.contiguous() if large else x
+        if kernels.serve(x) and (fused := quantizer._fused(x, needs_grad)) is not None:
+            values, ste = fused
+            if needs_grad and ste is None:  # a pass that writes it and one that reads it again are saved
+                ctx.quantizer, ctx.bounds = quantizer, quantizer._table()[1]
+                ctx.save_for_backward(x, values)
+            elif needs_grad:
+                ctx.save_for_backward(ste)
+            return values
+        if not large:
             values = quantizer._fake_quantize(x)
             if needs_grad:
                 ctx.save_for_backward(quantizer._ste(x, values))
             return values
-        x = x.contiguous()
         values, ste = torch.empty_like(x), torch.empty_like(x) if needs_grad else x
         for source, target, gradient in pieces(x, values, ste):
             quantizer._fake_quantize(source, out=target)
@@ -218,4 +245,11 @@ class _FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad * ctx.saved_tensors[0], None
+        if len(ctx.saved_tensors) == 2:
+            x, values = ctx.saved_tensors
+            if grad.is_contiguous():
+                return kernels.log_gradient(grad, x, values, *ctx.bounds), None
+            return grad * ctx.quantizer._ste(x, values), None
+        (ste,) = ctx.saved_tensors
+        product = kernels.masked(grad, ste) if ste.dtype == torch.bool and kernels.serve(grad) else None
+        return grad * ste if product is None else product, None

@@ -8,11 +8,16 @@ into these is computed. So log2, log-sqrt2, AdaLog, SULQ and both twins cost ali
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from iasvit.quantizers import kernels
+
+FINE = 128  # parts of a cell that a threshold cuts
 SHIFT = 14  # lower bits of a float32 that a cell leaves out: 512 cells from one power of 2 to the next
 MARGIN = 64  # floats; log2 of two floats that are neighbours may come in the wrong order, so nearby is cut, too
 LEAST = 2**15  # values; below it the few calls of the formula cost less
@@ -31,23 +36,43 @@ def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     return zip(*(t.split(max(1, size * rows // t.numel())) for t in tensors), strict=True)
 
 
-def cell_table(codes_of: Callable[[Tensor], Tensor], values_of: Callable[[Tensor], Tensor]) -> Tensor:
-    """The value of each cell, and NaN where its floats have several.
+class Cells(NamedTuple):
+    """A function of one float32 that is constant but for a few thresholds.
+
+    Attributes:
+        values: of each cell, and NaN where its floats have several: 2^18, float32, at `bits of x >> SHIFT`.
+        fine: the same for the parts of cells that a threshold cuts, FINE a cell. The lowest bits of a cell's NaN say
+            which row of FINE parts is its own; row 0, of cells that have none, is NaN.
+    """
+
+    values: Tensor
+    fine: Tensor
+
+
+def cell_table(codes_of: Callable[[Tensor], Tensor], values_of: Callable[[Tensor], Tensor]) -> Cells:
+    """The values of all floats.
 
     Args:
         codes_of: code of each float; from one float to the next it never turns back, on either side of 0.
         values_of: value of each code.
-
-    Returns:
-        2^18 values, float32: for all floats x, entry `bits of x >> SHIFT`.
     """
+
+    def constant(first: NDArray[np.uint32], width: int) -> tuple[Tensor, Tensor]:
+        """Values of `width` floats from each of the first on, NaN where they have several; whether they have."""
+        zero = (first & np.uint32(0x7FFFFFFF)) == 0
+        low, high = np.where(zero, first, first - np.uint32(MARGIN)), first + np.uint32(width - 1 + MARGIN)
+        low_codes, high_codes = (codes_of(torch.from_numpy(bits.view(np.float32))) for bits in (low, high))
+        same = low_codes == high_codes  # NaN is not
+        values = torch.where(same, values_of(torch.where(same, low_codes, 0.0)), torch.nan)
+        return values, ~same & ~low_codes.isnan() & ~high_codes.isnan()
+
     first = np.arange(2 ** (32 - SHIFT), dtype=np.uint32) << np.uint32(SHIFT)
-    last = first + np.uint32(2**SHIFT - 1)
-    zero = (first & np.uint32(0x7FFFFFFF)) == 0
-    low, high = np.where(zero, first, first - np.uint32(MARGIN)), last + np.uint32(MARGIN)
-    low_codes, high_codes = (codes_of(torch.from_numpy(bits.view(np.float32))) for bits in (low, high))
-    same = low_codes == high_codes  # NaN is not
-    return torch.where(same, values_of(torch.where(same, low_codes, 0.0)), torch.nan)
+    values, cut = constant(first, 2**SHIFT)
+    where = cut.nonzero()[:, 0]
+    parts = np.arange(FINE, dtype=np.uint32) * np.uint32(2**SHIFT // FINE)
+    fine, _ = constant((first[where.numpy()][:, None] + parts).reshape(-1), 2**SHIFT // FINE)
+    values.view(torch.int32)[where] = 0x7FC00000 + torch.arange(1, len(where) + 1, dtype=torch.int32)
+    return Cells(values, torch.cat([torch.full((FINE,), torch.nan), fine]))
 
 
 def worth_a_table(x: Tensor) -> bool:
@@ -55,16 +80,21 @@ def worth_a_table(x: Tensor) -> bool:
     return x.dtype == torch.float32 and x.numel() >= LEAST and torch.get_num_threads() <= THREADS
 
 
-def look_up(x: Tensor, table: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
-    """Values of a table for x (float32, any shape), and what `compute` gives for those x whose cell has none."""
+def look_up(x: Tensor, table: Cells, compute: Callable[[Tensor], Tensor]) -> Tensor:
+    """Values of a table for x (float32, any shape), and what `compute` gives for those x whose cell has none.
+
+    Only the loop in C looks at parts of cells.
+    """
     x = x.contiguous()
+    if kernels.serve(x):
+        return kernels.look_up(x, table.values, table.fine, SHIFT, compute)
     values = torch.empty_like(x)
     cells = torch.empty(min(PIECE, x.numel()), dtype=torch.int32)
     open_, start = [], 0
     for source, target in zip(x.view(-1).split(PIECE), values.view(-1).split(PIECE), strict=True):
         cell = cells[: len(source)]
         np.right_shift(source.numpy().view(np.uint32), SHIFT, out=cell.numpy().view(np.uint32))
-        torch.index_select(table, 0, cell, out=target)
+        torch.index_select(table.values, 0, cell, out=target)
         open_.append(np.flatnonzero(np.isnan(target.numpy())) + start)
         start += len(source)
     where = torch.from_numpy(np.concatenate(open_))

@@ -104,10 +104,22 @@ class Log2Quantizer(Quantizer):
 
     def _ste(self, x: Tensor, values: Tensor) -> Tensor:
         # d/dx of s·2^(log2(x / s)) with the rounding passed through is x̂ / x; 0 where x is clamped and where x̂ = 0.
-        inside = (x < self.scale * 2 ** (0.5 / self.steps_per_octave)) & (values > 0)
-        if not self.zero_code:
-            inside &= x > self.scale * 2 ** ((0.5 - self.n_levels) / self.steps_per_octave)
+        low, high = self._ends()
+        inside = (x < high) & (values > 0)
+        if low is not None:
+            inside &= x > low
         return torch.where(inside, values / x, 0.0)
+
+    def _ends(self) -> tuple[Tensor | None, Tensor]:
+        """x is not clamped above the first, where there is one, and below the second."""
+        low = self.scale * 2 ** ((0.5 - self.n_levels) / self.steps_per_octave)
+        return None if self.zero_code else low, self.scale * 2 ** (0.5 / self.steps_per_octave)
+
+    def _log_bounds(self) -> tuple[float, float, float]:
+        low, high = self._ends()
+        infinity = torch.full_like(high, torch.inf)
+        least = -infinity if low is None else torch.nextafter(low, infinity)
+        return 0.0, least.item(), torch.nextafter(high, -infinity).item()
 
     def config(self) -> dict[str, Any]:
         own = {"steps_per_octave": self.steps_per_octave, "percentiles": list(self.percentiles)}

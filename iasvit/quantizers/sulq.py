@@ -85,10 +85,18 @@ class SULQuantizer(Quantizer):
         # With both roundings passed through, dx̂/dx = 2^-ŷ / (x + η). A value beyond the range seen in calibration is
         # clamped and gets no gradient; the range's ends are where y rounds to a code below 0 or above 2^b - 1.
         shifted = x + self.shift
+        low, high = self._ends()
+        return ((values + self.shift) / shifted).mul_((shifted <= high) & (shifted >= low))
+
+    def _ends(self) -> tuple[Tensor, Tensor]:
+        """The least and the largest x + η that are not clamped."""
         y_low = (-0.5 - self.zero_point) * self.scale
         y_high = (self.n_levels - 0.5 - self.zero_point) * self.scale
-        inside = (shifted <= torch.exp2(-y_low)) & (shifted >= torch.exp2(-y_high))
-        return ((values + self.shift) / shifted).mul_(inside)
+        return torch.exp2(-y_high), torch.exp2(-y_low)
+
+    def _log_bounds(self) -> tuple[float, float, float]:
+        low, high = self._ends()
+        return self.shift.item(), low.item(), high.item()
 
     def config(self) -> dict[str, Any]:
         return {**super().config(), "shifts": list(self.shifts)}

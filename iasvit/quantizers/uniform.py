@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from iasvit.quantizers import kernels
 from iasvit.quantizers.base import Quantizer
 from iasvit.quantizers.evaluation import pieces
 from iasvit.quantizers.pool import Pool
@@ -96,7 +97,14 @@ class UniformQuantizer(Quantizer):
     def _fake_quantize(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         return self._fake_quantize_with(x, *self._shaped(x.ndim), out=out)
 
+    def _fused(self, x: Tensor, gradient: bool) -> tuple[Tensor, Tensor | None] | None:
+        return kernels.uniform(x, self.scale, self.zero_point, self.n_levels - 1, self.channel_dim, gradient)
+
     def _evaluate_in_order(self, x: Tensor) -> Tensor:
+        if kernels.serve(x):
+            fused = self._fused(x.contiguous() if self.channel_dim is None else x, gradient=False)
+            if fused is not None:
+                return fused[0]
         # Two passes less than _fake_quantize. Sums of round(x / s) and z are exact, or beyond the range either way;
         # 0 is added, for -0 would come of a small negative x.
         if (

@@ -133,6 +133,10 @@ def exported(
     torch.set_num_threads(threads)
     if saved is not None and len(backbone) * len(bits) * len(method) > 1:
         raise IasvitError("--saved is one model; name one --backbone, one --bits and one --method")
+    taken = {name for each in method for name in iasvit.methods.method_options(each)}
+    for text in option or []:
+        if text.partition("=")[0] not in taken:
+            raise IasvitError(f"--option {text}: none of these methods takes it; they take {', '.join(sorted(taken))}")
     for name in method:
         takes = [text for text in option or [] if text.partition("=")[0] in iasvit.methods.method_options(name)]
         task, cells = ImageNetTask.grid(

@@ -1,0 +1,106 @@
+// Fake quantization in one pass over memory. Only +, -, *, / and rounding of IEEE floats, each for itself, so that every
+// value has the bits that torch's operators give it.
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+static inline float round_trip(float x, float s, float z, float top) {
+    float code = rintf(x / s) + z;
+    code = code < 0.0f ? 0.0f : code; // NaN stays NaN
+    code = code > top ? top : code;
+    return (code - z) * s;
+}
+
+// How far rounding moves a value: half a step, and what float32 adds.
+static inline float reach(float s) {
+    return s / 2.0f * (float)(1 + 1e-5);
+}
+
+// A scale for each of `channels` runs of `inner` values, and that `outer` times. `inside`, which may be NULL: whether
+// rounding is all that happened to a value.
+void uniform_runs(const float *restrict x, const float *restrict s, const int32_t *restrict z, float top,
+                  int64_t outer, int64_t channels, int64_t inner, float *restrict values, uint8_t *restrict inside) {
+    for (int64_t run = 0; run < outer * channels; run++) {
+        const float scale = s[run % channels], zero = (float)z[run % channels], far = reach(scale);
+        const float *from = x + run * inner;
+        float *to = values + run * inner;
+        if (inside) {
+            uint8_t *in = inside + run * inner;
+            for (int64_t i = 0; i < inner; i++) {
+                const float value = round_trip(from[i], scale, zero, top);
+                in[i] = fabsf(from[i] - value) <= far;
+                to[i] = value;
+            }
+        } else
+            for (int64_t i = 0; i < inner; i++) to[i] = round_trip(from[i], scale, zero, top);
+    }
+}
+
+// A scale for each of `channels` values that lie side by side, and that `outer` times.
+void uniform_columns(const float *restrict x, const float *restrict s, const int32_t *restrict z, float top,
+                     int64_t outer, int64_t channels, float *restrict values, uint8_t *restrict inside) {
+    for (int64_t row = 0; row < outer; row++) {
+        const float *from = x + row * channels;
+        float *to = values + row * channels;
+        if (inside) {
+            uint8_t *in = inside + row * channels;
+            for (int64_t i = 0; i < channels; i++) {
+                const float value = round_trip(from[i], s[i], (float)z[i], top);
+                in[i] = fabsf(from[i] - value) <= reach(s[i]);
+                to[i] = value;
+            }
+        } else
+            for (int64_t i = 0; i < channels; i++) to[i] = round_trip(from[i], s[i], (float)z[i], top);
+    }
+}
+
+// gradient * inside.
+void masked(const float *restrict gradient, const uint8_t *restrict inside, int64_t count, float *restrict out) {
+    for (int64_t i = 0; i < count; i++) out[i] = gradient[i] * (float)inside[i];
+}
+
+// The table's value for the upper bits of each x. Where that is NaN, its lowest bits are a row of `fine`, and the 7 bits
+// of x that follow the upper ones the column. Positions of x whose value is NaN there too go to `open`, their number is
+// returned.
+int64_t look_up(const float *restrict x, const float *restrict table, const float *restrict fine, int shift,
+                int64_t count, float *restrict values, int64_t *restrict open) {
+    enum { PIECE = 512 };
+    int64_t found = 0;
+    for (int64_t start = 0; start < count; start += PIECE) {
+        const int64_t stop = start + PIECE < count ? start + PIECE : count;
+        int none = 0;
+        for (int64_t i = start; i < stop; i++) {
+            uint32_t bits;
+            memcpy(&bits, x + i, sizeof bits);
+            const float value = table[bits >> shift];
+            values[i] = value;
+            none |= value != value;
+        }
+        if (!none) continue;
+        none = 0;
+        for (int64_t i = start; i < stop; i++) {
+            uint32_t bits, row;
+            memcpy(&bits, x + i, sizeof bits);
+            const float value = values[i];
+            memcpy(&row, &value, sizeof row);
+            const float part = fine[value != value ? (row & 0x3FFFFF) * 128 + ((bits >> (shift - 7)) & 127) : 0];
+            const float better = value != value ? part : value;
+            values[i] = better;
+            none |= better != better;
+        }
+        if (none)
+            for (int64_t i = start; i < stop; i++)
+                if (values[i] != values[i]) open[found++] = i;
+    }
+    return found;
+}
+
+// gradient * (value + shift) / (x + shift) where low <= x + shift <= high and value + shift > 0; elsewhere 0.
+void log_gradient(const float *restrict gradient, const float *restrict x, const float *restrict values, float shift,
+                  float low, float high, int64_t count, float *restrict out) {
+    for (int64_t i = 0; i < count; i++) {
+        const float from = x[i] + shift, to = values[i] + shift;
+        const float ratio = to / from;
+        out[i] = gradient[i] * ((from >= low) & (from <= high) & (to > 0.0f) ? ratio : 0.0f);
+    }
+}
