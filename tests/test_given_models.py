@@ -551,7 +551,7 @@ def test_a_state_of_other_bits_or_another_method_is_refused_whole(images: Tensor
     before = tiny_models.bits_of(target)
     made = quantize(tiny_models.vit(seed=1), images)
     text = refusal(lambda: target.load_state_dict(made.state_dict()))
-    assert "is of a model quantized by minmax at W4A4, but is loaded into one by minmax at W8A8" in text
+    assert "comes from a model quantized by minmax at W4A4, but is loaded into one by minmax at W8A8" in text
     text = refusal(lambda: target.load_state_dict(quantize(tiny_models.vit(), images, "repq_vit", "W8A8").state_dict()))
     assert "by repq_vit at W8A8, but is loaded into one by minmax at W8A8" in text
     unlabelled = {key: value for key, value in made.state_dict().items() if not key.startswith("quantization.")}

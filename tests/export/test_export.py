@@ -176,7 +176,7 @@ def test_bad_input(tmp_path: Path, quantized: dict[str, nn.Module]) -> None:
     cases = [
         ((tiny_models.vit(), tmp_path / "a.onnx"), {}, "VisionTransformer given to export_onnx is not quantized"),
         ((model, tmp_path / "a.onnx"), {"target": "tensorrt"}, "target 'tensorrt' is not known; there are onnxruntime"),
-        ((model, tmp_path / "a.onnx"), {"opset": 11}, "opset 11 is not supported; the supported ones are 20 to 23"),
+        ((model, tmp_path / "a.onnx"), {"opset": 11}, "opset 11 is not supported; use 20 to 23"),
         ((model, path), {}, "exists already; choose another name, or replace it"),
         ((model, tmp_path), {}, "is a folder; name a file"),
         ((model, tmp_path / "none" / "a.onnx"), {}, "cannot be written: No such file or directory"),

@@ -47,7 +47,7 @@ def test_layers_that_read_one_norm_are_treated_alike() -> None:
     model = tiny_models.vit()
     model.blocks[0].attn = tiny_models.stir(Attention(32, num_heads=2, qkv_bias=True, gated=True))
     quantized = tiny_models.quantizable(model, "W3A3,blocks.0.attn.gate=W32A32")
-    with pytest.raises(IasvitError, match=r"that read 'blocks\.0\.norm1' some are quantized and some not"):
+    with pytest.raises(IasvitError, match=r"layers that read 'blocks\.0\.norm1' are quantized and some are not"):
         find_pairs(quantized)
 
 

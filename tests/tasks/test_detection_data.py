@@ -222,7 +222,7 @@ def test_missing_files_and_folders(tmp_path: Path, data: dict[str, Any]) -> None
         (lambda data: {**data, "images": []}, "lists no image"),
         (lambda data: {**data, "images": [{"id": 4}]}, r"'images' has no 'file_name' \(id 4\)"),
         (lambda data: {**data, "annotations": [{**data["annotations"][0], "category_id": 6}]}, "unknown category 6"),
-        (lambda data: {**data, "annotations": [{**data["annotations"][0], "image_id": 6}]}, "of image 6"),
+        (lambda data: {**data, "annotations": [{**data["annotations"][0], "image_id": 6}]}, "belongs to image 6"),
     ],
 )
 def test_annotation_files_that_are_none(root: Path, data: dict[str, Any], change: Callable, message: str) -> None:
