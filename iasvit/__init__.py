@@ -1,10 +1,12 @@
 """iasvit: low-bit post-training quantization of vision transformers, and a benchmark of it.
 
+```python
 import iasvit, timm
 model = timm.create_model("deit_small_patch16_224", pretrained=True)
 quantized = iasvit.quantize(model, calibration_images, "W4A4")
 iasvit.save(quantized, "deit_s_w4a4.safetensors")
 iasvit.export_onnx(quantized, "deit_s_w4a4.onnx")
+```
 """
 
 from __future__ import annotations
