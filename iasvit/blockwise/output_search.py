@@ -38,15 +38,11 @@ def search_outputs(quantized: nn.Module, images: ActivationStore, size: int, sha
         share: bytes for each store of activations; None for no limit.
     """
 
-    def search() -> None:
-        device = next(quantized.parameters()).device
-        some = calibration_store(images.batches(images.passes(size), limit=size), device, share)
-        for layers in captures(quantized, some, None, memory_budget=share):
-            for capture in layers:
-                search_product(capture) if isinstance(capture.layer, QuantMatMul) else search_layer(capture)
+    def search(capture: Capture) -> None:
+        search_product(capture) if isinstance(capture.layer, QuantMatMul) else search_layer(capture)
 
     quantizers = [quantizer for weights in (True, False) for _, quantizer in quantizers_of(quantized, weights=weights)]
-    distributed.done_by_first(quantizers, search)
+    _search_each(quantized, images, size, share, quantizers, search)
 
 
 @torch.no_grad()
@@ -62,17 +58,30 @@ def search_bases(quantized: nn.Module, images: ActivationStore, size: int, share
         size: how many of them are read.
         share: bytes for each store of activations; None for no limit.
     """
+    found = [quantizer for _, quantizer in quantizers_of(quantized, weights=False)]
+    found = [quantizer for quantizer in found if isinstance(quantizer, AdaLogQuantizer)]
+    if found:
+        _search_each(quantized, images, size, share, found, search_base)
 
-    def search() -> None:
+
+def _search_each(
+    quantized: nn.Module,
+    images: ActivationStore,
+    size: int,
+    share: int | None,
+    quantizers: list[Quantizer],
+    search: Callable[[Capture], None],
+) -> None:
+    """Search each layer and product by its capture; of several processes the first does, and all get the quantizers."""
+
+    def search_all() -> None:
         device = next(quantized.parameters()).device
         some = calibration_store(images.batches(images.passes(size), limit=size), device, share)
         for layers in captures(quantized, some, None, memory_budget=share):
             for capture in layers:
-                search_base(capture)
+                search(capture)
 
-    quantizers = [pair for pair in quantizers_of(quantized, weights=False) if isinstance(pair[1], AdaLogQuantizer)]
-    if quantizers:
-        distributed.done_by_first([quantizer for _, quantizer in quantizers], search)
+    distributed.done_by_first(quantizers, search_all)
 
 
 def search_base(capture: Capture) -> None:
