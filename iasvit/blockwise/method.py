@@ -24,6 +24,7 @@ from iasvit.calibration import (
     network_need,
     share_of,
 )
+from iasvit.errors import IasvitError
 from iasvit.methods import Calibration, Description
 from iasvit.models import Site, prepare, segments
 from iasvit.nn import quant_layers
@@ -170,13 +171,18 @@ class BlockReconstruction:
         """The network with ReLU MLPs, for `transform`; see `relu_transformed`. Iterations: None for the recipe's."""
         recipe = self.recipes[self.recipe]
         iterations, lr = recipe.relu_iterations if iterations is None else iterations, recipe.relu_lr
-        return relu_transformed(model, images, progress, iterations=iterations, lr=lr, seed=self.seed, weights=weights)
+        options = {"iterations": iterations, "lr": lr, "batch_size": self.batch_size, "seed": self.seed}
+        return relu_transformed(model, images, progress, **options, weights=weights)
 
     def quantize(self, model: nn.Module, calibration: Calibration, spec: QuantSpec, progress: Progress) -> nn.Module:
         """See `iasvit.methods.Method`."""
         settings = self.settings()
         device = next(model.parameters()).device
         images = calibration_store(calibration, device, images_share(self.memory_budget))
+        if self.loss().one_size and len(list(images.ranges(len(images)))) > 1:
+            raise IasvitError(
+                f"{self.name} weighs each position of a block's output, so all calibration images need one size"
+            )
         quantizable = partial(prepare, model, spec, self.weight_quantizer, self.activation_quantizer)
         share = share_of(self.memory_budget, self.name, quantizable, images, self.need(images))
         model = self.transform(model, images, progress)
@@ -184,7 +190,7 @@ class BlockReconstruction:
         if self.compile:
             share_code(quantized)
         teacher = Teacher(model, images, self.name, self.compile)
-        if self.loss().needs_logits:
+        if self.loss().reads_answers and teacher.has_logits:
             teacher.answers()
 
         smooth = self.smooth_settings(settings)

@@ -34,8 +34,10 @@ def relu_transformed(
     *,
     iterations: int,
     lr: float,
+    batch_size: int,
     seed: int,
     weights: dict[str, Tensor] | None = None,
 ) -> nn.Module:
     """A copy with ReLU MLPs, reconstructed in full precision; `weights` of their outputs' errors by block's name."""
-    return relu_mlps(model, images, iterations=iterations, lr=lr, seed=seed, weights=weights, progress=progress)
+    options = {"iterations": iterations, "lr": lr, "batch_size": batch_size, "seed": seed}
+    return relu_mlps(model, images, **options, weights=weights, progress=progress)

@@ -22,11 +22,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from iasvit.errors import IasvitError
 from iasvit.models.attention import explicit_attention
-from iasvit.models.base import Adapter, Inserter, NormLinearPair, Segment
+from iasvit.models.base import Adapter, Inserter, NormLinearPair, Segment, class_name
 from iasvit.models.blocks import require
 from iasvit.models.likelihood import label_gradient
 from iasvit.models.mmdet_heads import Component, check_heads, fixed_answers, flat, label_scores, meta_of, run_heads
-from iasvit.models.parts import Heads
+from iasvit.models.parts import MLP, Heads
 from iasvit.nn import QuantMatMul
 
 HEADS = ("neck", "rpn_head", "roi_head")
@@ -80,6 +80,15 @@ class DetectorAdapter(Adapter):
         ]
         return [Heads(name, part.qkv, part.proj, part.num_heads) for name, part in attentions]
 
+    def mlps(self, model: TwoStageDetector) -> list[MLP]:
+        """The FFN of every block of the backbone."""
+        _check(model)
+        return [
+            MLP(f"{prefix}.ffn", prefix, block.ffn.layers[0][0], block.ffn.layers[1], (block.ffn.layers[0], "1"))
+            for prefix, block in _links(model.backbone)
+            if not prefix.endswith("downsample")
+        ]
+
     def segments(self, model: TwoStageDetector) -> list[Segment]:
         """Patch embedding; each block and patch merging; neck and heads."""
         _check(model)
@@ -121,10 +130,14 @@ class DetectorAdapter(Adapter):
         """The detector's configuration, where it has one: mmdet keeps it in its attribute `cfg`."""
         _check(model)
         config = getattr(model, "cfg", None)
+        config = None if config is None else ConfigDict(config.get("model", config)).to_dict()
+        acts = {class_name(getattr(*mlp.act)) for mlp in self.mlps(model)}
+        if config is not None and acts != {"GELU"}:
+            config["backbone"]["act_cfg"] = {"type": acts.pop()}
         unit = 8 * model.backbone.patch_embed.projection.stride[0]
         return {
             "class": type(model).__name__,
-            "config": None if config is None else ConfigDict(config.get("model", config)).to_dict(),
+            "config": config,
             "in_chans": model.backbone.patch_embed.projection.in_channels,
             "img_size": [4 * unit, 5 * unit],  # any will do
         }

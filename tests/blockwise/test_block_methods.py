@@ -193,11 +193,15 @@ def test_a_run_goes_on_from_its_checkpoint(tmp_path: Path, monkeypatch: pytest.M
     assert same_bits(resumed.state_dict(), expected.state_dict())
 
 
-def test_a_method_that_reads_logits_says_that_it_cannot_have_them() -> None:
+@pytest.mark.parametrize("name", ["aphq_vit", "fima_q", "glf_q", "ls_vit"])
+def test_a_model_that_answers_each_token_is_quantized_by_what_its_head_reads(name: str) -> None:
     model = tiny_model("vit")
     model.global_pool = ""
-    with pytest.raises(IasvitError, match="fima_q reads the model's logits"):
-        quantize(model, tiny_images(model, 2), "fima_q")
+    images = tiny_images(model, 2)
+    quantized = quantize(model, images, name)
+    with torch.no_grad():
+        assert quantized(images).shape == model(images).shape
+    assert not same_bits(quantized.state_dict(), quantize(model, images, name, iterations=0).state_dict())
 
 
 def test_what_cannot_be_rotated_is_one_sentence() -> None:
