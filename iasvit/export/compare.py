@@ -44,13 +44,22 @@ class Comparison:
     Args:
         model: as of `export_onnx`; not changed.
         target, image_size: as of `export_onnx`.
+        double: whether both compute in float64, and each goes on with its own codes. Then hardly any differ, and the
+            target has no part in it.
     """
 
     def __init__(
-        self, model: nn.Module, target: str = "onnxruntime", image_size: tuple[int, int] | None = None
+        self,
+        model: nn.Module,
+        target: str = "onnxruntime",
+        image_size: tuple[int, int] | None = None,
+        double: bool = False,
     ) -> None:
         onnx, runtime = imported("onnx", "export"), imported("onnxruntime", "export")
-        proto, done = graph_of(model, model.quantization, target, OPSETS[0], False, image_size)
+        from iasvit.export.double import in_double
+
+        target = "onnx" if double else target
+        proto, done = graph_of(model, model.quantization, target, OPSETS[0], False, image_size, double)
         prefix = Features.PREFIX if isinstance(exported_part(model)[0], Features) else ""
         self.operands = {path.removeprefix(prefix): operand for path, operand in done.operands.items()}
         self.forms = forms_of(done)
@@ -61,13 +70,15 @@ class Comparison:
         options = runtime.SessionOptions()
         options.intra_op_num_threads = threads_of()
         self.session = runtime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        self.model = model
+        self.model = in_double(model) if double else model
+        self.double = double
         self.differences = {path: Difference(path) for path in self.operands}
 
     @torch.no_grad()
     def run(self, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Add the codes of these images to `differences`; the outputs of the model, given the file's codes wherever
-        its own differ, and those of the graph."""
+        its own differ (but not in float64), and those of the graph."""
+        images = images.double() if self.double else images
         results = dict(zip(self.names, self.session.run(self.names, {"images": images.numpy()}), strict=True))
         handles = [
             module.register_forward_hook(
@@ -99,6 +110,8 @@ class Comparison:
         near = _near_a_tie(quantizer, x)
         found.ties += int((wrong & near).sum())
         found.others += int((wrong & ~near).sum())
+        if self.double:
+            return values
         return torch.where(torch.from_numpy(wrong), torch.from_numpy(theirs).to(values.dtype), values)
 
 
