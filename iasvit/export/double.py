@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 import torch
 from numpy.polynomial import Chebyshev, Polynomial
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper, numpy_helper
 from torch import nn
 
 from iasvit.errors import IasvitError

@@ -109,10 +109,9 @@ def graph_of(
         target, opset, vnni, image_size: as of `export_onnx`.
         double: whether floats are float64, for a proof: see `iasvit.export.double`. The target is "onnx" then.
     """
+    from iasvit.export.double import in_double, plain
     from iasvit.export.lower import DOMAIN, lower
     from iasvit.export.trace import traced_graph
-
-    from iasvit.export.double import in_double, plain
 
     copied = copy.deepcopy(model).cpu().eval()
     exported, outputs = exported_part(in_double(copied) if double else copied)

@@ -274,8 +274,9 @@ def _nearest_power(graph: Graph, x: str, factor: float, least: float, most: floa
     """x·factor within [least, most], rounded to one significant bit: a power of two, up from 1.5·2^e.
 
     By Veltkamp's splitting: with y what is to be rounded and z = 2^23·y + y in float32, z - (z - y) is y's first bit,
-    without a logarithm or an exponential; in float64 it is 2^52. OpenVINO makes one operation of a product and a sum, which changes z where it
-    is one product with 2^23 + 1, and not so; of two factors it makes one, but not where Min stands between.
+    without a logarithm or an exponential; in float64 it is 2^52. OpenVINO makes one operation of a product and a sum,
+    which changes z where it is one product with 2^23 + 1, and not so; of two factors it makes one, but not where Min
+    stands between.
     """
     y = graph.add("Min", graph.add("Mul", x, graph.constant(factor)), graph.constant(most))
     y = graph.add("Max", y, graph.constant(least)) if least else y

@@ -5,8 +5,8 @@ has the agreement of their answers, and beside it `agreement_moved`: the model's
 to the next float. Of the first `code_images` it counts the codes of all quantizers in both, and those that differ, at a
 tie of rounding or not; where one differs the model goes on with the file's, and `agreement_same_codes` is how often the
 two then answer alike. With `--precision float64` both compute in double precision instead, each goes on with its own
-codes, and all codes of all images are compared. Rows go to a CSV file as they come, and what is there is skipped; several
-processes may write to one. docs/deploy.md says how to read them.
+codes, and all codes of all images are compared. Rows go to a CSV file as they come, and what is there is skipped;
+several processes may write to one. docs/deploy.md says how to read them.
 """
 
 from __future__ import annotations
