@@ -67,11 +67,13 @@ class Loss:
     """Compares outputs with targets; this one by their squared error (`token_sum` / 10).
 
     Attributes:
-        needs_logits: whether it reads the model's logits, so that detectors must be refused.
+        reads_answers: whether it reads the model's logits, or what the heads of a model without logits read.
+        one_size: whether it weighs positions of the block's output, so that all images need one size.
         reads_on: whether it runs the rest of the network behind the block, and takes gradients there.
     """
 
-    needs_logits = False
+    reads_answers = False
+    one_size = False
     reads_on = False
 
     @property
@@ -154,7 +156,8 @@ class PerturbationHessian(Loss):
     and a size that float32 resolves: `step` times the root mean square of z.
     """
 
-    needs_logits = True
+    reads_answers = True
+    one_size = True
     reads_on = True
 
     def __init__(self, step: float = 1e-2, temperature: float = 20.0) -> None:
@@ -208,6 +211,7 @@ def perturbed(
             teacher.divergence_gradient(
                 index,
                 (z + side * delta, *others) if isinstance(given, tuple) else z + side * delta,
+                given,
                 images,
                 temperature,
             )
@@ -224,9 +228,10 @@ def mlp_weights(teacher: Teacher, images: ActivationStore, seed: int) -> dict[st
     """
     result: dict[str, Tensor] = {}
     store: Store = images
+    blocks = {mlp.segment for mlp in teacher.adapter.mlps(teacher.model)}
     for index, segment in enumerate(teacher.chain[:-1]):
         store = store.map(segment.run, 64, segment.name)
-        if any(hasattr(module, "mlp") for _, module in segment.modules):
+        if segment.name in blocks:
             batches = ((some, store.gather(some)) for some in store.ranges(store.leading.passes(GRADIENT_IMAGES)))
             weight = perturbed(teacher, index, batches, seed=seed).flatten(1, -2)  # an MLP may read maps as rows
             result[segment.name] = weight / weight.square().mean().sqrt().clamp_min(torch.finfo(torch.float32).tiny)
@@ -242,7 +247,8 @@ class LowRankFisher(Loss):
     value at the last refresh.
     """
 
-    needs_logits = True
+    reads_answers = True
+    one_size = True
     reads_on = True
 
     def __init__(self, refreshes: int = 5, temperature: float = 20.0, damping: float = 1e-6) -> None:
@@ -269,7 +275,7 @@ class LowRankFisher(Loss):
         for images, given in block.batches():
             output = block.outputs(block.job.inputs_fp, images)
             z = block.with_others(output, given)
-            found = block.teacher.divergence_gradient(block.job.index, z, images, self.temperature)
+            found = block.teacher.divergence_gradient(block.job.index, z, given, images, self.temperature)
             gradient += found.flatten(1).abs().sum(dim=0)
             error += (output - tensors(given)[0]).flatten(1).abs().sum(dim=0)
         count = len(block.job.targets)
@@ -314,7 +320,8 @@ class LeastSquaresHessian(Loss):
     makes a Hessian negative counts as 0: elements of h, and images of Δzᵀg < 0.
     """
 
-    needs_logits = True
+    reads_answers = True
+    one_size = True
     reads_on = True
 
     def __init__(self, temperature: float = 1.0) -> None:
@@ -326,7 +333,7 @@ class LeastSquaresHessian(Loss):
         for images, given in block.batches():
             output = block.outputs(block.job.inputs_q, images)
             z = block.with_others(output, given)
-            g = block.teacher.divergence_gradient(block.job.index, z, images, self.temperature).flatten(1)
+            g = block.teacher.divergence_gradient(block.job.index, z, given, images, self.temperature).flatten(1)
             dz = (output - tensors(given)[0]).flatten(1)
             work = (dz * g).sum(dim=1, keepdim=True).clamp_min(0)
             parts = [(g * dz).sum(dim=0), dz.square().sum(dim=0), (g * work.sqrt()).sum(dim=0), work.sum()]
@@ -355,7 +362,7 @@ class FrozenSuffix(Loss):
     """GLF-Q: the error of the model's features behind the frozen full-precision rest, and the block's own.
 
     MSE(features) / c₁ · `features` + KL(logits) · `logits` + MSE(block) / c₂ · `local`, c what each is on the first
-    batch. The last segment has its own part alone.
+    batch. The last segment has its own part alone. A model without logits compares `Teacher.error_behind` for features.
 
     Attributes:
         features: weight of the error of what the last Linear reads.
@@ -369,7 +376,7 @@ class FrozenSuffix(Loss):
     logits: float = 0.0
     inner: Loss = field(default_factory=Loss)
 
-    needs_logits = True
+    reads_answers = True
     reads_on = True
 
     def begin(self, block: Block) -> None:
@@ -378,7 +385,9 @@ class FrozenSuffix(Loss):
         self.teacher, self.index = block.teacher, block.job.index
         self.is_last = block.job.index + 1 == len(block.teacher.chain)
         self.others = block.job.targets if isinstance(block.job.targets.gather([0]), tuple) else None
-        self.targets = block.teacher.answers()
+        self.targets = block.teacher.answers() if block.teacher.has_logits else None
+        if self.logits and self.targets is None:
+            raise IasvitError(f"{block.teacher.of}: the model puts out no table of logits to compare; give 0 for them")
         self.units = torch.ones(3, device=block.job.targets.device)
 
     def before(self, block: Block, iteration: int) -> bool:
@@ -399,7 +408,11 @@ class FrozenSuffix(Loss):
         own = self.inner(output, target, images)
         if self.is_last:
             return torch.stack([torch.zeros_like(own), own, torch.zeros_like(own)])
-        x = output if self.others is None else (output, *tensors(self.others.gather(images))[1:])
+        others = () if self.others is None else tensors(self.others.gather(images))[1:]
+        x, full = (output, target) if self.others is None else ((output, *others), (target, *others))
+        if self.targets is None:
+            error = self.teacher.error_behind(self.index, x, full)
+            return torch.stack([error, own, torch.zeros_like(own)])
         logits, features = self.teacher.behind(self.index, x)
         full_logits, full_features = (answers[images] for answers in self.targets)
         divergence = F.kl_div(

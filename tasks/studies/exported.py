@@ -175,13 +175,13 @@ def exported(
     ] = None,
 ) -> None:
     """Compare the codes and outputs of exported files with the models'."""
-    torch.set_num_threads(threads)
     if precision not in ("float32", "float64"):
         raise IasvitError(f"--precision {shown(precision)} is not known; there are float32 and float64")
     double = precision == "float64"
     if double and target == "openvino":
         raise IasvitError("--precision float64 runs in ONNX Runtime; leave --target out")
     target = "onnx" if double else target
+    torch.set_num_threads(threads)
     out = out or Path(f"results/exported/equality{'_float64' if double else ''}.csv")
     if saved is not None and len(backbone) * len(bits) * len(method) > 1:
         raise IasvitError("--saved is one model; name one --backbone, one --bits and one --method")
