@@ -67,13 +67,11 @@ class Loss:
     """Compares outputs with targets; this one by their squared error (`token_sum` / 10).
 
     Attributes:
-        reads_answers: whether it reads the model's logits, or what the heads of a model without logits read.
-        one_size: whether it weighs positions of the block's output, so that all images need one size.
+        needs_logits: whether it reads the model's logits, so that detectors must be refused.
         reads_on: whether it runs the rest of the network behind the block, and takes gradients there.
     """
 
-    reads_answers = False
-    one_size = False
+    needs_logits = False
     reads_on = False
 
     @property
@@ -156,8 +154,7 @@ class PerturbationHessian(Loss):
     and a size that float32 resolves: `step` times the root mean square of z.
     """
 
-    reads_answers = True
-    one_size = True
+    needs_logits = True
     reads_on = True
 
     def __init__(self, step: float = 1e-2, temperature: float = 20.0) -> None:
@@ -211,7 +208,6 @@ def perturbed(
             teacher.divergence_gradient(
                 index,
                 (z + side * delta, *others) if isinstance(given, tuple) else z + side * delta,
-                given,
                 images,
                 temperature,
             )
@@ -228,10 +224,9 @@ def mlp_weights(teacher: Teacher, images: ActivationStore, seed: int) -> dict[st
     """
     result: dict[str, Tensor] = {}
     store: Store = images
-    blocks = {mlp.segment for mlp in teacher.adapter.mlps(teacher.model)}
     for index, segment in enumerate(teacher.chain[:-1]):
         store = store.map(segment.run, 64, segment.name)
-        if segment.name in blocks:
+        if any(hasattr(module, "mlp") for _, module in segment.modules):
             batches = ((some, store.gather(some)) for some in store.ranges(store.leading.passes(GRADIENT_IMAGES)))
             weight = perturbed(teacher, index, batches, seed=seed).flatten(1, -2)  # an MLP may read maps as rows
             result[segment.name] = weight / weight.square().mean().sqrt().clamp_min(torch.finfo(torch.float32).tiny)
@@ -247,8 +242,7 @@ class LowRankFisher(Loss):
     value at the last refresh.
     """
 
-    reads_answers = True
-    one_size = True
+    needs_logits = True
     reads_on = True
 
     def __init__(self, refreshes: int = 5, temperature: float = 20.0, damping: float = 1e-6) -> None:
@@ -275,7 +269,7 @@ class LowRankFisher(Loss):
         for images, given in block.batches():
             output = block.outputs(block.job.inputs_fp, images)
             z = block.with_others(output, given)
-            found = block.teacher.divergence_gradient(block.job.index, z, given, images, self.temperature)
+            found = block.teacher.divergence_gradient(block.job.index, z, images, self.temperature)
             gradient += found.flatten(1).abs().sum(dim=0)
             error += (output - tensors(given)[0]).flatten(1).abs().sum(dim=0)
         count = len(block.job.targets)
@@ -320,8 +314,7 @@ class LeastSquaresHessian(Loss):
     makes a Hessian negative counts as 0: elements of h, and images of Δzᵀg < 0.
     """
 
-    reads_answers = True
-    one_size = True
+    needs_logits = True
     reads_on = True
 
     def __init__(self, temperature: float = 1.0) -> None:
@@ -333,7 +326,7 @@ class LeastSquaresHessian(Loss):
         for images, given in block.batches():
             output = block.outputs(block.job.inputs_q, images)
             z = block.with_others(output, given)
-            g = block.teacher.divergence_gradient(block.job.index, z, given, images, self.temperature).flatten(1)
+            g = block.teacher.divergence_gradient(block.job.index, z, images, self.temperature).flatten(1)
             dz = (output - tensors(given)[0]).flatten(1)
             work = (dz * g).sum(dim=1, keepdim=True).clamp_min(0)
             parts = [(g * dz).sum(dim=0), dz.square().sum(dim=0), (g * work.sqrt()).sum(dim=0), work.sum()]
@@ -362,7 +355,7 @@ class FrozenSuffix(Loss):
     """GLF-Q: the error of the model's features behind the frozen full-precision rest, and the block's own.
 
     MSE(features) / c₁ · `features` + KL(logits) · `logits` + MSE(block) / c₂ · `local`, c what each is on the first
-    batch. The last segment has its own part alone. A model without logits compares `Teacher.error_behind` for features.
+    batch. The last segment has its own part alone.
 
     Attributes:
         features: weight of the error of what the last Linear reads.
@@ -376,7 +369,7 @@ class FrozenSuffix(Loss):
     logits: float = 0.0
     inner: Loss = field(default_factory=Loss)
 
-    reads_answers = True
+    needs_logits = True
     reads_on = True
 
     def begin(self, block: Block) -> None:
@@ -385,9 +378,7 @@ class FrozenSuffix(Loss):
         self.teacher, self.index = block.teacher, block.job.index
         self.is_last = block.job.index + 1 == len(block.teacher.chain)
         self.others = block.job.targets if isinstance(block.job.targets.gather([0]), tuple) else None
-        self.targets = block.teacher.answers() if block.teacher.has_logits else None
-        if self.logits and self.targets is None:
-            raise IasvitError(f"{block.teacher.of}: the model puts out no table of logits to compare; give 0 for them")
+        self.targets = block.teacher.answers()
         self.units = torch.ones(3, device=block.job.targets.device)
 
     def before(self, block: Block, iteration: int) -> bool:
@@ -408,11 +399,7 @@ class FrozenSuffix(Loss):
         own = self.inner(output, target, images)
         if self.is_last:
             return torch.stack([torch.zeros_like(own), own, torch.zeros_like(own)])
-        others = () if self.others is None else tensors(self.others.gather(images))[1:]
-        x, full = (output, target) if self.others is None else ((output, *others), (target, *others))
-        if self.targets is None:
-            error = self.teacher.error_behind(self.index, x, full)
-            return torch.stack([error, own, torch.zeros_like(own)])
+        x = output if self.others is None else (output, *tensors(self.others.gather(images))[1:])
         logits, features = self.teacher.behind(self.index, x)
         full_logits, full_features = (answers[images] for answers in self.targets)
         divergence = F.kl_div(

@@ -177,10 +177,6 @@ class BlockReconstruction:
         settings = self.settings()
         device = next(model.parameters()).device
         images = calibration_store(calibration, device, images_share(self.memory_budget))
-        if self.loss().one_size and len(list(images.ranges(len(images)))) > 1:
-            raise IasvitError(
-                f"{self.name} weighs each position of a block's output, so all calibration images need one size"
-            )
         quantizable = partial(prepare, model, spec, self.weight_quantizer, self.activation_quantizer)
         share = share_of(self.memory_budget, self.name, quantizable, images, self.need(images))
         model = self.transform(model, images, progress)
@@ -188,7 +184,7 @@ class BlockReconstruction:
         if self.compile:
             share_code(quantized)
         teacher = Teacher(model, images, self.name, self.compile)
-        if self.loss().reads_answers and teacher.has_logits:
+        if self.loss().needs_logits:
             teacher.answers()
 
         smooth = self.smooth_settings(settings)

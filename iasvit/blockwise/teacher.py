@@ -15,7 +15,6 @@ from iasvit.calibration import ActivationStore, tensors
 from iasvit.errors import IasvitError
 from iasvit.models import Activation, Segment, adapter_for, segments
 
-TINY = torch.finfo(torch.float32).tiny
 Run = Callable[[Activation], Activation]
 Caller = Callable[[Run, Activation], Activation]
 
@@ -135,50 +134,25 @@ class Teacher:
         """Logits and features of x, B images, activations that leave segment `index`."""
         return self.last(self._to_last(index, x))
 
-    def error_behind(self, index: int, x: Activation, full: Activation) -> Tensor:
-        """How far x, activations that leave segment `index`, moves what the last segment reads: a scalar.
-
-        Squared error of each tensor over its mean square, summed: for models without logits. A detector's last segment,
-        neck and heads, reads the outputs of the backbone's stages.
-
-        Args:
-            index: of the segment.
-            x: its outputs for some images.
-            full: its outputs for them in full precision.
-        """
-        with torch.no_grad():
-            wanted = tensors(self._to_last(index, full))
-        parts = zip(tensors(self._to_last(index, x)), wanted, strict=True)
-        return torch.stack([(a - b).square().mean() / b.square().mean().clamp_min(TINY) for a, b in parts]).sum()
-
     def _to_last(self, index: int, x: Activation) -> Activation:
         for segment in self.chain[index + 1 : -1]:
             x = self.call(segment.run, x)
         return x
 
-    def divergence_gradient(
-        self, index: int, x: Activation, full: Activation, images: range, temperature: float
-    ) -> Tensor:
+    def divergence_gradient(self, index: int, x: Activation, images: range, temperature: float) -> Tensor:
         """∂ KL(softmax(full precision / T) ‖ softmax(logits of x / T)) / ∂x, an image's KL for each image.
-
-        At a high T the divergence is a squared error of logits. A model without logits has that of `error_behind` for
-        it, whatever T.
 
         Args:
             index: of the segment that x leaves.
             x: activations of these images; of a tuple the first is meant.
-            full: the same in full precision.
             images: which they are.
             temperature: T.
         """
+        target = (self.answers()[0][images.start : images.stop] / temperature).log_softmax(dim=1)
         first, *others = tensors(x)
         leaf = first.detach().requires_grad_(True)
-        moved: Activation = (leaf, *others) if isinstance(x, tuple) else leaf
         with torch.enable_grad():
-            if not self.has_logits:
-                return torch.autograd.grad(len(images) * self.error_behind(index, moved, full), leaf)[0]
-            target = (self.answers()[0][images.start : images.stop] / temperature).log_softmax(dim=1)
-            logits, _ = self.behind(index, moved)
+            logits, _ = self.behind(index, (leaf, *others) if isinstance(x, tuple) else leaf)
             loss = F.kl_div((logits / temperature).log_softmax(dim=1), target, reduction="sum", log_target=True)
             return torch.autograd.grad(loss, leaf)[0]
 

@@ -26,7 +26,7 @@ from iasvit.models.base import Adapter, Inserter, NormLinearPair, Segment
 from iasvit.models.blocks import require
 from iasvit.models.likelihood import label_gradient
 from iasvit.models.mmdet_heads import Component, check_heads, fixed_answers, flat, label_scores, meta_of, run_heads
-from iasvit.models.parts import MLP, Heads
+from iasvit.models.parts import Heads
 from iasvit.nn import QuantMatMul
 
 HEADS = ("neck", "rpn_head", "roi_head")
@@ -79,15 +79,6 @@ class DetectorAdapter(Adapter):
             if not prefix.endswith("downsample")
         ]
         return [Heads(name, part.qkv, part.proj, part.num_heads) for name, part in attentions]
-
-    def mlps(self, model: TwoStageDetector) -> list[MLP]:
-        """The FFN of every block of the backbone."""
-        _check(model)
-        return [
-            MLP(f"{prefix}.ffn", prefix, block.ffn.layers[0][0], block.ffn.layers[1], (block.ffn.layers[0], "1"))
-            for prefix, block in _links(model.backbone)
-            if not prefix.endswith("downsample")
-        ]
 
     def segments(self, model: TwoStageDetector) -> list[Segment]:
         """Patch embedding; each block and patch merging; neck and heads."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from iasvit.calibration import ActivationStore, Store, TupleStore, calibration_store, tensors
+from iasvit.calibration import ActivationStore, Store, TupleStore, calibration_store
 from iasvit.errors import IasvitError
 from iasvit.methods import Calibration
 from iasvit.models import MLP, Activation, Segment, adapter_for, segments
@@ -46,7 +46,7 @@ def relu_mlps(
     `transforms_of(copy).network`.
 
     Args:
-        model: a timm ViT, DeiT or Swin, or a detector, in full precision, each MLP with a GELU; left as it is.
+        model: a timm ViT, DeiT or Swin in full precision, each MLP with a GELU; left as it is.
         images: calibration images, as for `iasvit.quantize`, or a store of them.
         iterations: steps of an MLP; 0 only exchanges the activation.
         lr: Adam's initial learning rate.
@@ -90,10 +90,7 @@ def relu_mlps(
             learner = _Learner(segment, originals[segment.name], mlps[segment.name])
             both = store.map(learner.run, batch_size, segment.name)
             assert isinstance(both, TupleStore)
-            *outputs, inputs = both.parts
-            store = (
-                TupleStore(outputs, both.memory_budget, both.folder) if isinstance(store, TupleStore) else outputs[0]
-            )
+            store, inputs = both.parts
             bound = learner.bound(inputs, clamp_percentile, batch_size)
             weight = weights.get(segment.name, torch.ones(())).to(device)
             minimise(
@@ -130,12 +127,13 @@ class _Learner:
         self.required = [p.requires_grad for p in self.parameters]
 
     def run(self, x: Activation) -> Activation:
-        """The given segment's output, whatever tensors it has, and its MLP's input."""
+        """The given segment's output and its MLP's input."""
         seen: list[Tensor] = []
         handle = self.given.fc1.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
         try:
             output = self.segment.run(x)
-            return *tensors(output), seen[0]
+            assert isinstance(output, Tensor)
+            return output, seen[0]
         finally:
             handle.remove()
 
