@@ -102,7 +102,8 @@ class Comparison:
         """Count one quantizer's codes; its values, the file's where they differ."""
         theirs = _values(self.operands[path], results)
         mine = values.double().numpy()
-        wrong = np.abs(theirs - mine) > 1e-5 * np.abs(mine) + 1e-6 * np.abs(mine).max()
+        relative, absolute = (1e-9, 1e-15) if self.double else (1e-5, 1e-6)
+        wrong = np.abs(theirs - mine) > relative * np.abs(mine) + absolute * np.abs(mine).max()
         found = self.differences[path]
         found.codes += wrong.size
         if not wrong.any():
