@@ -44,13 +44,22 @@ class Comparison:
     Args:
         model: as of `export_onnx`; not changed.
         target, image_size: as of `export_onnx`.
+        double: whether both compute in float64, and each goes on with its own codes. Then hardly any differ, and the
+            target has no part in it.
     """
 
     def __init__(
-        self, model: nn.Module, target: str = "onnxruntime", image_size: tuple[int, int] | None = None
+        self,
+        model: nn.Module,
+        target: str = "onnxruntime",
+        image_size: tuple[int, int] | None = None,
+        double: bool = False,
     ) -> None:
         onnx, runtime = imported("onnx", "export"), imported("onnxruntime", "export")
-        proto, done = graph_of(model, model.quantization, target, OPSETS[0], False, image_size)
+        from iasvit.export.double import in_double
+
+        target = "onnx" if double else target
+        proto, done = graph_of(model, model.quantization, target, OPSETS[0], False, image_size, double)
         prefix = Features.PREFIX if isinstance(exported_part(model)[0], Features) else ""
         self.operands = {path.removeprefix(prefix): operand for path, operand in done.operands.items()}
         self.forms = forms_of(done)
@@ -61,13 +70,15 @@ class Comparison:
         options = runtime.SessionOptions()
         options.intra_op_num_threads = threads_of()
         self.session = runtime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        self.model = model
+        self.model = in_double(model) if double else model
+        self.double = double
         self.differences = {path: Difference(path) for path in self.operands}
 
     @torch.no_grad()
     def run(self, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Add the codes of these images to `differences`; the outputs of the model, given the file's codes wherever
-        its own differ, and those of the graph."""
+        its own differ (but not in float64), and those of the graph."""
+        images = images.double() if self.double else images
         results = dict(zip(self.names, self.session.run(self.names, {"images": images.numpy()}), strict=True))
         handles = [
             module.register_forward_hook(
@@ -91,7 +102,8 @@ class Comparison:
         """Count one quantizer's codes; its values, the file's where they differ."""
         theirs = _values(self.operands[path], results)
         mine = values.double().numpy()
-        wrong = np.abs(theirs - mine) > 1e-5 * np.abs(mine) + 1e-6 * np.abs(mine).max()
+        relative, absolute = (1e-9, 1e-15) if self.double else (1e-5, 1e-6)
+        wrong = np.abs(theirs - mine) > relative * np.abs(mine) + absolute * np.abs(mine).max()
         found = self.differences[path]
         found.codes += wrong.size
         if not wrong.any():
@@ -99,6 +111,8 @@ class Comparison:
         near = _near_a_tie(quantizer, x)
         found.ties += int((wrong & near).sum())
         found.others += int((wrong & ~near).sum())
+        if self.double:
+            return values
         return torch.where(torch.from_numpy(wrong), torch.from_numpy(theirs).to(values.dtype), values)
 
 

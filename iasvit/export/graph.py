@@ -9,8 +9,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 RUNTIME_DOMAIN = "com.microsoft"  # of operators that ONNX Runtime alone has
-FLOAT, UINT8, INT8, INT32, INT64 = (
-    TensorProto.FLOAT,
+UINT8, INT8, INT32, INT64 = (
     TensorProto.UINT8,
     TensorProto.INT8,
     TensorProto.INT32,
@@ -24,10 +23,17 @@ class Graph:
     Args:
         prefix: of all names.
         centred: whether activations are to be counted from their zero-point on, so that none stands in the file.
+        double: whether floats are float64.
+
+    Attributes:
+        floats: dtype of float constants.
+        float_type: the same as ONNX has it.
     """
 
-    def __init__(self, prefix: str, centred: bool = False) -> None:
+    def __init__(self, prefix: str, centred: bool = False, double: bool = False) -> None:
         self.centred = centred
+        self.floats: Any = np.float64 if double else np.float32
+        self.float_type = TensorProto.DOUBLE if double else TensorProto.FLOAT
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: dict[str, onnx.TensorProto] = {}
         self._constants: dict[tuple[str, tuple[int, ...], bytes], str] = {}
@@ -44,9 +50,9 @@ class Graph:
         self.nodes.append(helper.make_node(op, inputs, [output], name=self._name(op), domain=domain, **attributes))
         return output
 
-    def constant(self, value: Any, dtype: Any = np.float32) -> str:
-        """The name of a constant; equal ones share one."""
-        array = np.ascontiguousarray(value, dtype=dtype).reshape(np.shape(value))
+    def constant(self, value: Any, dtype: Any = None) -> str:
+        """The name of a constant, a float unless a dtype is given; equal ones share one."""
+        array = np.ascontiguousarray(value, dtype=dtype or self.floats).reshape(np.shape(value))
         key = (array.dtype.str, array.shape, array.tobytes())
         if key not in self._constants:
             name = self._constants[key] = self._name("constant")

@@ -46,19 +46,20 @@ class Lowering:
             self.why[path] = why
 
 
-def lower(traced: onnx.ModelProto, model: nn.Module, target: str, vnni: bool) -> Lowering:
+def lower(traced: onnx.ModelProto, model: nn.Module, target: str, vnni: bool, double: bool = False) -> Lowering:
     """Replace the nodes of domain "iasvit" in a traced graph, in place.
 
     Args:
         traced: what `trace` returned.
         model: the quantized model that was traced, on the CPU.
         target, vnni: as of `export_onnx`.
+        double: whether the model, and so the graph's floats, are float64.
 
     Raises:
         IasvitError: a quantizer has no form; the message names its layer.
     """
     split_qkv(traced.graph, DOMAIN)
-    graph = Graph("q_", centred=target == "openvino")
+    graph = Graph("q_", centred=target == "openvino", double=double)
     work = _Lower(traced.graph, graph, Emitter(graph, target, vnni), Lowering())
     for node in traced.graph.node:
         if node.domain != DOMAIN:
@@ -159,7 +160,7 @@ class _Lower:
         """The float values of an operand of one plane."""
         (plane,) = left.planes
         g = self.graph
-        counts = g.add("Cast", plane.codes, to=1)
+        counts = g.add("Cast", plane.codes, to=g.float_type)
         return g.add("Mul", g.add("Sub", counts, g.constant(plane.zero_point + plane.rest)), g.constant(plane.scale))
 
     def _input(self, quantizer: Quantizer | None, x: str, path: str) -> tuple[Operand, str]:

@@ -99,17 +99,29 @@ def graph_of(
     opset: int,
     vnni: bool,
     image_size: tuple[int, int] | None,
+    double: bool = False,
 ) -> tuple[onnx.ModelProto, Lowering]:
-    """The graph, and what was done to each layer."""
+    """The graph, and what was done to each layer.
+
+    Args:
+        model: quantized.
+        quantization: the model's.
+        target, opset, vnni, image_size: as of `export_onnx`.
+        double: whether floats are float64, for a proof: see `iasvit.export.double`. The target is "onnx" then.
+    """
+    from iasvit.export.double import in_double, plain
     from iasvit.export.lower import DOMAIN, lower
     from iasvit.export.trace import traced_graph
 
-    exported, outputs = exported_part(copy.deepcopy(model).cpu().eval())
+    copied = copy.deepcopy(model).cpu().eval()
+    exported, outputs = exported_part(in_double(copied) if double else copied)
     description = quantization.architecture
     height, width = image_size or description["img_size"]
-    images = torch.zeros(2, description["in_chans"], height, width)
+    images = torch.zeros(2, description["in_chans"], height, width, dtype=torch.float64 if double else torch.float32)
     proto = traced_graph(exported, images, outputs, opset)
-    done = lower(proto, exported, target, vnni)
+    done = lower(proto, exported, target, vnni, double)
+    if double:
+        plain(proto)
     for index in reversed(range(len(proto.opset_import))):
         if proto.opset_import[index].domain == DOMAIN:
             del proto.opset_import[index]

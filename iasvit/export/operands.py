@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from iasvit.errors import IasvitError
-from iasvit.export.graph import FLOAT, INT8, INT32, UINT8, Graph
+from iasvit.export.graph import INT8, INT32, UINT8, Graph
 from iasvit.quantizers import (
     AdaLogQuantizer,
     Log2Quantizer,
@@ -153,7 +153,7 @@ def _(quantizer: UniformQuantizer, graph: Graph, x: str, log_x: str = "") -> Ope
         raise IasvitError(
             f"an activation quantizer has channel_dim {quantizer.channel_dim}; exported are those of the last dimension"
         )
-    scale, zero_point = quantizer.scale.cpu().numpy(), quantizer.zero_point.cpu().numpy().astype(np.float32)
+    scale, zero_point = quantizer.scale.cpu().numpy(), quantizer.zero_point.cpu().numpy().astype(graph.floats)
     steps = graph.add("Round", graph.add("Div", x, graph.constant(scale)))
     counts = graph.add("Clip", graph.add("Add", steps, graph.constant(zero_point)), *_ends(quantizer, graph))
     values = graph.add("Mul", graph.add("Sub", counts, graph.constant(zero_point)), graph.constant(scale))
@@ -180,7 +180,7 @@ def _ends(quantizer: Quantizer, graph: Graph) -> tuple[str, str]:
 def _counts(graph: Graph, x: str, step: float, low: int, high: int, mask: str = "") -> Plane:
     """Counts clip(round(x / step), low, high), and 0 where the bool tensor `mask` does not hold."""
     if graph.centred:
-        x = graph.add("Mul", x, graph.add("Cast", mask, to=FLOAT)) if mask else x
+        x = graph.add("Mul", x, graph.add("Cast", mask, to=graph.float_type)) if mask else x
         plane = _centred_plane(graph, x, step, low, high)
         assert plane is not None, "counts of a twin quantizer fit int8 or uint8"
         return plane
@@ -259,7 +259,7 @@ def _float_power_planes(graph: Graph, powers: str, first: int, last: int, unit: 
         inside = powers
         if start > first:
             fits = graph.add("Less", powers, graph.constant(2.0 ** (0.5 - start)))
-            inside = graph.add("Mul", powers, graph.add("Cast", fits, to=FLOAT))
+            inside = graph.add("Mul", powers, graph.add("Cast", fits, to=graph.float_type))
         scale = 2.0**-end
         codes = graph.add("QuantizeLinear", inside, graph.constant(scale * TILT), graph.constant(0, np.uint8))
         planes.append(Plane(codes, scale * unit, largest=2 ** (end - start)))
@@ -274,12 +274,13 @@ def _nearest_power(graph: Graph, x: str, factor: float, least: float, most: floa
     """x·factor within [least, most], rounded to one significant bit: a power of two, up from 1.5·2^e.
 
     By Veltkamp's splitting: with y what is to be rounded and z = 2^23·y + y in float32, z - (z - y) is y's first bit,
-    without a logarithm or an exponential. OpenVINO makes one operation of a product and a sum, which changes z where it
-    is one product with 2^23 + 1, and not so; of two factors it makes one, but not where Min stands between.
+    without a logarithm or an exponential; in float64 it is 2^52. OpenVINO makes one operation of a product and a sum,
+    which changes z where it is one product with 2^23 + 1, and not so; of two factors it makes one, but not where Min
+    stands between.
     """
     y = graph.add("Min", graph.add("Mul", x, graph.constant(factor)), graph.constant(most))
     y = graph.add("Max", y, graph.constant(least)) if least else y
-    far = graph.add("Add", graph.add("Mul", y, graph.constant(2.0**23)), y)
+    far = graph.add("Add", graph.add("Mul", y, graph.constant(1 / np.finfo(graph.floats).eps)), y)
     return graph.add("Sub", far, graph.add("Sub", far, y))
 
 
@@ -319,7 +320,7 @@ def _(quantizer: SULQuantizer, graph: Graph, x: str, log_x: str = "") -> Operand
     if 0 <= one <= 255:
         steps = graph.add("DequantizeLinear", codes, graph.constant(scale), graph.constant(one, np.uint8))
     else:
-        steps = graph.add("Sub", graph.add("Cast", codes, to=FLOAT), graph.constant(one))
+        steps = graph.add("Sub", graph.add("Cast", codes, to=graph.float_type), graph.constant(one))
         steps = graph.add("Mul", steps, graph.constant(scale))
     powers = graph.add("Exp", graph.add("Mul", graph.add("Round", steps), graph.constant(LN2)))
     every = torch.arange(quantizer.n_levels, dtype=torch.uint8)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from iasvit.errors import IasvitError
-from iasvit.export.graph import FLOAT, INT32, INT64, RUNTIME_DOMAIN, Graph
+from iasvit.export.graph import INT32, INT64, RUNTIME_DOMAIN, Graph
 from iasvit.export.operands import Operand, Plane, centred_type, counts_of, uniform_plane
 from iasvit.nn.layers import QuantLayer
 from iasvit.quantizers import Quantizer, UniformQuantizer
@@ -111,12 +111,12 @@ class Emitter:
         plane = rearranged(uniform_plane(quantizer, self.graph, x, signed=signed))
         dtype = np.int8 if plane.signed else np.uint8
         zero_point, rest = np.asarray(plane.zero_point), np.asarray(plane.rest)
-        return Right(plane.codes, dtype, np.float32(plane.scale), zero_point, rest, values=plane.values)
+        return Right(plane.codes, dtype, self.graph.floats(plane.scale), zero_point, rest, values=plane.values)
 
     def _float_activation(self, quantizer: UniformQuantizer, x: str, rearranged: Callable[[Plane], Plane]) -> Right:
         """One with a zero-point, which OpenVINO 2026.4 computes wrongly in products that follow one another."""
         g, (low, high) = self.graph, counts_of(quantizer)
-        scale = np.float32(float(quantizer.scale))
+        scale = g.floats(float(quantizer.scale))
         steps = g.add("Round", g.add("Div", x, g.constant(scale)))
         values = g.add("Mul", g.add("Clip", steps, g.constant(low), g.constant(high)), g.constant(scale))
         plane = rearranged(Plane("", float(scale), values=values))
@@ -132,18 +132,18 @@ class Emitter:
             left = _without_rests(left)
         if left.constant and right.sums is not None:
             sums = left.constant * right.scale.astype(np.float64) * right.sums
-            bias = (sums if bias is None else bias + sums).astype(np.float32)
+            bias = (sums if bias is None else bias + sums).astype(g.floats)
         first, *others = left.planes
         total = self._plane(first, right, bias)
         for plane in others:
             total = g.add("Add", total, self._plane(plane, right, None))
         if left.constant and right.sums is None:
-            factor = np.float32(left.constant * right.scale)
+            factor = g.floats(left.constant * right.scale)
             if self.target == "openvino":  # whose codes are read by DequantizeLinear alone
-                factor, values = np.float32(left.constant), self.dequantized(right)
+                factor, values = g.floats(left.constant), self.dequantized(right)
                 sums = g.add("ReduceSum", values, g.constant([-2], np.int64), keepdims=1)
             else:
-                sums = self._column_sums(right, FLOAT)
+                sums = self._column_sums(right, g.float_type)
             total = g.add("Add", total, g.add("Mul", sums, g.constant(factor)))
         return total
 
@@ -173,7 +173,9 @@ class Emitter:
         zero, scale = (
             np.asarray(v).reshape(shape) if np.ndim(v) else v for v in (right.zero_point + right.rest, right.scale)
         )
-        return g.add("Mul", g.add("Sub", g.add("Cast", right.codes, to=FLOAT), g.constant(zero)), g.constant(scale))
+        return g.add(
+            "Mul", g.add("Sub", g.add("Cast", right.codes, to=g.float_type), g.constant(zero)), g.constant(scale)
+        )
 
     def _plane(self, left: Plane, right: Right, bias: np.ndarray | None) -> str:
         g = self.graph
@@ -205,7 +207,7 @@ class Emitter:
         """The float values of a plane of the target "openvino", exactly."""
         dtype = np.int8 if plane.signed else np.uint8
         zero_point, rest = np.asarray(plane.zero_point), np.asarray(plane.rest)
-        scale = np.asarray(plane.scale, np.float32)
+        scale = np.asarray(plane.scale, self.graph.floats)
         return self.dequantized(Right(plane.codes, dtype, scale, zero_point, rest, values=plane.values))
 
     def _integers(self, left: Plane, right: Right) -> str:
@@ -216,8 +218,8 @@ class Emitter:
 
     def _scaled(self, integers: str, left: Plane, right: Right, bias: np.ndarray | None) -> str:
         g = self.graph
-        scale = (np.float32(left.scale) * right.scale).astype(np.float32)
-        total = g.add("Mul", g.add("Cast", integers, to=FLOAT), g.constant(scale))
+        scale = (g.floats(left.scale) * right.scale).astype(g.floats)
+        total = g.add("Mul", g.add("Cast", integers, to=g.float_type), g.constant(scale))
         return total if bias is None else g.add("Add", total, g.constant(bias))
 
     def _with_rests(self, left: Plane, right: Right, bias: np.ndarray | None) -> str:
@@ -237,7 +239,7 @@ class Emitter:
         """Σ(b - t) over the rows of a right operand, exact in integers, then as `dtype`; (…, 1, N)."""
         g = self.graph
         if right.sums is not None:
-            return g.constant(right.sums, np.float32 if dtype == FLOAT else np.int64)
+            return g.constant(right.sums, g.floats if dtype == g.float_type else np.int64)
         kind, of = (INT64, np.int64) if dtype == INT64 else (INT32, np.int32)
         b = g.add("Cast", right.codes, to=kind)
         if (zero := right.zero_point + right.rest).any():

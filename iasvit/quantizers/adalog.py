@@ -72,11 +72,11 @@ class AdaLogQuantizer(Quantizer):
         steps = codes.to(torch.int32) * exponent.to(torch.int32)
         shift = torch.div(steps, STEPS, rounding_mode="floor")
         multiples = 2 ** (self.n_bits + 1) - 2
-        fraction = torch.exp2((shift * STEPS - steps) / STEPS).mul_(multiples).round_().div_(multiples)
-        return (power_of_two(-shift).mul_(fraction) * scale).masked_fill_(codes == self.n_levels - 1, 0.0)
+        fraction = torch.exp2((shift * STEPS - steps).to(scale.dtype) / STEPS).mul_(multiples).round_().div_(multiples)
+        return (fraction.mul_(power_of_two(-shift)) * scale).masked_fill_(codes == self.n_levels - 1, 0.0)
 
     def _codes(self, x: Tensor) -> Tensor:
-        codes = (x / self.scale).log2_().mul_(-STEPS / self.exponent).round_()
+        codes = (x / self.scale).log2_().mul_(-STEPS / self.exponent.to(x.dtype)).round_()
         return codes.clamp_(0, self.n_levels - 1)  # x = 0 is +inf before the clamp: the last code
 
     def _values(self, codes: Tensor) -> Tensor:

@@ -85,8 +85,9 @@ class Quantizer(nn.Module):
         return self._codes(x).to(torch.uint8)
 
     def decode(self, codes: Tensor) -> Tensor:
-        """The float32 values that codes stand for, codes' shape."""
-        return self._values(codes.to(torch.float32))
+        """The values that codes stand for, of codes' shape: float32, or float64 where the parameters are."""
+        double = any(buffer.dtype == torch.float64 for buffer in self.buffers())
+        return self._values(codes.to(torch.float64 if double else torch.float32))
 
     def forward(self, x: Tensor) -> Tensor:
         """Fake-quantized x: decode(encode(x)), bit for bit, with the gradient of `_ste`; float32 for half precision."""

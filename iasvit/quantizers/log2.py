@@ -16,11 +16,12 @@ from iasvit.quantizers.search import ACTIVATION_PERCENTILES, best_candidate, upp
 
 
 def power_of_two(exponent: Tensor) -> Tensor:
-    """2^exponent, exactly, for integers held as float32: the exponent bits of an IEEE float, a shift on any device.
+    """2^exponent, exactly, for integers held as floats: the exponent bits of an IEEE float, a shift on any device.
 
-    Below 2^-126 the result is 0.
+    Below 2^-126 the result is 0. The result is float64 for an exponent of float64, and else float32.
     """
-    return (exponent.to(torch.int32) + 127).clamp_(0, 254).bitwise_left_shift_(23).view(torch.float32)
+    powers = (exponent.to(torch.int32) + 127).clamp_(0, 254).bitwise_left_shift_(23).view(torch.float32)
+    return powers.double() if exponent.dtype == torch.float64 else powers
 
 
 # Adding it to a float32 of absolute value below 2^22 rounds that to an integer (ties to even, as torch.round), which
