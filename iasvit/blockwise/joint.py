@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from iasvit.blockwise.core import Settings, groups_of, seed_of
 from iasvit.blockwise.parts import learning
-from iasvit.blockwise.teacher import Caller, Teacher, answers_of, caller
+from iasvit.blockwise.teacher import Caller, Teacher, answers_of, caller, relative_error
 from iasvit.calibration import ActivationStore, tensors
 from iasvit.models import Activation, Segment, segments
 from iasvit.progress import Progress
@@ -26,7 +26,7 @@ class Weights:
 
     Attributes:
         logits: KL(softmax(full precision) ‖ softmax(quantized)).
-        features: squared error of what the last Linear reads.
+        features: squared error of what the last Linear reads; `relative_error` of what a detector's neck reads.
         local: squared error of what the blocks put out, each block's alike.
     """
 
@@ -80,7 +80,8 @@ def learn_jointly(
 
     Args:
         quantized: all its quantizers calibrated, its weights not rounded for good.
-        teacher: the full-precision model. Where it puts out no table of logits, only blocks are compared.
+        teacher: the full-precision model. Where it puts out no table of logits, the blocks are compared, and what
+            leaves the last of them.
         images: all calibration images, of one size.
         settings: `adaround` and `drop` count for nothing here.
         weights, augmentation: see there.
@@ -113,7 +114,7 @@ def learn_jointly(
             outputs, end_ = run(chain, x, call)
             errors = [(outputs[i] - full[i]).square().mean() for i in measured]
             if answers is None:
-                return torch.stack([*errors, *[torch.zeros_like(errors[0])] * 2])
+                return torch.stack([*errors, relative_error(end_, full_end), torch.zeros_like(errors[0])])
             logits, features = answers_of(chain[-1], end_)
         divergence = F.kl_div(
             logits.float().log_softmax(1), answers[0].float().log_softmax(1), reduction="batchmean", log_target=True

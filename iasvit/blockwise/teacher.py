@@ -71,6 +71,13 @@ def answers_of(last: Segment, x: Activation) -> tuple[Tensor, Tensor]:
     return logits, torch.cat(seen, dim=1) if seen else logits
 
 
+def relative_error(x: Activation, full: Activation) -> Tensor:
+    """Squared error of each tensor of x over the mean square of the full-precision one, summed: a scalar."""
+    wide = torch.promote_types(tensors(full)[0].dtype, torch.float32)  # autocast computes in bfloat16
+    parts = [(a.to(wide), b.to(wide)) for a, b in zip(tensors(x), tensors(full), strict=True)]
+    return torch.stack([(a - b).square().mean() / b.square().mean().clamp_min(TINY) for a, b in parts]).sum()
+
+
 class Teacher:
     """The full-precision model, of which a block's outputs are read on.
 
@@ -138,8 +145,8 @@ class Teacher:
     def error_behind(self, index: int, x: Activation, full: Activation) -> Tensor:
         """How far x, activations that leave segment `index`, moves what the last segment reads: a scalar.
 
-        Squared error of each tensor over its mean square, summed: for models without logits. A detector's last segment,
-        neck and heads, reads the outputs of the backbone's stages.
+        That is `relative_error`, for models without logits: a detector's last segment, neck and heads, reads what the
+        backbone's stages put out.
 
         Args:
             index: of the segment.
@@ -147,9 +154,8 @@ class Teacher:
             full: its outputs for them in full precision.
         """
         with torch.no_grad():
-            wanted = tensors(self._to_last(index, full))
-        parts = zip(tensors(self._to_last(index, x)), wanted, strict=True)
-        return torch.stack([(a - b).square().mean() / b.square().mean().clamp_min(TINY) for a, b in parts]).sum()
+            wanted = self._to_last(index, full)
+        return relative_error(self._to_last(index, x), wanted)
 
     def _to_last(self, index: int, x: Activation) -> Activation:
         for segment in self.chain[index + 1 : -1]:
