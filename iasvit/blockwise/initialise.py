@@ -62,7 +62,8 @@ def initialise(name: str, quantized: nn.Module, images: ActivationStore, size: i
 
     Args:
         name: of the activations' initialisation. "searched" is "observed", and then a search of all ranges by what each
-            layer puts out (`search_outputs`).
+            layer puts out (`search_outputs`). After "propagated" those of layers that nothing learns are searched so, a
+            detector's neck and heads.
         quantized: none of its quantizers calibrated.
         images: calibration images.
         size: how many of them are read.
@@ -73,6 +74,14 @@ def initialise(name: str, quantized: nn.Module, images: ActivationStore, size: i
     calibrate_weights(quant_layers(quantized))
     if name == "searched":
         search_outputs(quantized, images, size, share)
+    elif name == "propagated" and (fixed := _not_learnt(quantized)):
+        search_outputs(quantized, images, size, share, fixed)
+
+
+def _not_learnt(quantized: nn.Module) -> set[nn.Module]:
+    """Layers and products of the segments that are calibrated only."""
+    roots = [root for segment in segments(quantized) if not segment.reconstruct for _, root in segment.modules]
+    return {module for root in roots for module in root.modules() if isinstance(module, QuantLayer | QuantMatMul)}
 
 
 @torch.no_grad()

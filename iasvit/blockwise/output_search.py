@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,13 @@ BASE_STEPS = 5  # refinements of the search for a scale and a base
 
 
 @torch.no_grad()
-def search_outputs(quantized: nn.Module, images: ActivationStore, size: int, share: int | None) -> None:
+def search_outputs(
+    quantized: nn.Module,
+    images: ActivationStore,
+    size: int,
+    share: int | None,
+    layers: Collection[nn.Module] | None = None,
+) -> None:
     """Choose the ranges of all uniform quantizers by what their layer puts out (AdaLog's code line, section 0 there).
 
     For each layer or product by itself, on the full-precision model's activations: in 3 rounds weights, then inputs (or
@@ -36,10 +42,12 @@ def search_outputs(quantized: nn.Module, images: ActivationStore, size: int, sha
         images: calibration images.
         size: how many of them are read.
         share: bytes for each store of activations; None for no limit.
+        layers: layers and products that are searched; None for all.
     """
 
     def search(capture: Capture) -> None:
-        search_product(capture) if isinstance(capture.layer, QuantMatMul) else search_layer(capture)
+        if layers is None or capture.layer in layers:
+            search_product(capture) if isinstance(capture.layer, QuantMatMul) else search_layer(capture)
 
     quantizers = [quantizer for weights in (True, False) for _, quantizer in quantizers_of(quantized, weights=weights)]
     _search_each(quantized, images, size, share, quantizers, search)
