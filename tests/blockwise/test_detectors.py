@@ -11,12 +11,15 @@ import torch
 from torch import Tensor, nn
 
 import iasvit
+from iasvit.blockwise.initialise import fold, initialise, propagated
 from iasvit.blockwise.teacher import Teacher
-from iasvit.calibration import calibration_store
+from iasvit.calibration import calibrate_weights, calibration_store
 from iasvit.errors import IasvitError
-from iasvit.models import adapter_for, segments
+from iasvit.models import adapter_for, prepare, segments
 from iasvit.nn import quant_layers
+from iasvit.spec import QuantSpec
 from iasvit.transforms import relu_mlps
+from iasvit.unison import Unison
 
 STEPS = {"iterations": 2, "batch_size": 2}
 METHODS: dict[str, dict[str, Any]] = {
@@ -120,3 +123,44 @@ def test_relu_mlps_of_a_detector_learn_what_gelu_gave() -> None:
             maps = zip(changed.backbone(images), model.backbone(images), strict=True)
             errors.append(sum((a - b).square().sum() for a, b in maps))
     assert 0 < errors[1] < errors[0]
+
+
+def test_ranges_of_neck_and_heads_are_searched_and_those_of_blocks_are_not() -> None:
+    model, images = tiny_detectors.detector(), three_images()
+    store = calibration_store(images, torch.device("cpu"), None)
+    method = Unison()
+    plain, searched = (
+        prepare(model, QuantSpec.parse("W3A3"), method.weight_quantizer, method.activation_quantizer) for _ in range(2)
+    )
+    propagated(plain, store, 3, None)
+    fold(plain)
+    calibrate_weights(quant_layers(plain))
+    initialise("propagated", searched, store, 3, None)
+    inputs = inputs_of(model, images)
+    errors: dict[bool, float] = {False: 0.0, True: 0.0}
+    for (name, a), (_, b) in zip(quant_layers(plain), quant_layers(searched), strict=True):
+        same = torch.equal(a.weight_quantizer.scale, b.weight_quantizer.scale)
+        if name.startswith("backbone."):
+            assert same, name
+            continue
+        with torch.no_grad():
+            for x in inputs[name]:
+                expected = model.get_submodule(name)(x)
+                for is_searched, layer in ((False, a), (True, b)):
+                    errors[is_searched] += ((layer(x) - expected).square().mean() / expected.square().mean()).item()
+    assert 0 < errors[True] < 0.8 * errors[False]
+
+
+def inputs_of(model: nn.Module, images: Tensor) -> dict[str, list[Tensor]]:
+    """What each Linear and Conv2d of neck and heads reads while the model predicts."""
+    found: dict[str, list[Tensor]] = {}
+    handles = [
+        module.register_forward_pre_hook(lambda _, args, name=name: found.setdefault(name, []).append(args[0]))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d) and not name.startswith("backbone.")
+    ]
+    for image in images.split(1):
+        tiny_detectors.predict(model, image)
+    for handle in handles:
+        handle.remove()
+    return found
