@@ -104,8 +104,8 @@ def grid(cells: pd.DataFrame, metric: Metric, model_order: Sequence[str], marked
 def brief_grid(cells: pd.DataFrame, metric: Metric, model_order: Sequence[str]) -> str:
     """Methods × models: the mean alone, "failed" where every seed failed.
 
-    The best mean over all models comes first. Methods that lack a model follow by name, then those that quantize
-    weights alone.
+    The least mean loss against full precision comes first, as on the page. Methods that have at most half of the models
+    follow, then those that quantize weights alone.
 
     Args:
         cells: see `grid`.
@@ -116,15 +116,17 @@ def brief_grid(cells: pd.DataFrame, metric: Metric, model_order: Sequence[str]) 
     values = cells.pivot(index="method_label", columns="model_label", values=metric.name)[models]
     measured = cells.pivot(index="method_label", columns="model_label", values="n")[models]
     weights_only = cells.groupby("method_label")["weights_only"].any()
-    mean = values.mean(axis=1, skipna=False) * (-1 if metric.higher_is_better else 1)
+    loss, few = values.copy(), values.notna().sum(axis=1) * 2 <= len(models)
     rows = [["method", *map(escape, models)]]
     if f"fp_{metric.name}" in cells:
         full = cells.groupby("model_label")[f"fp_{metric.name}"].mean()
         rows.append(
             ["fp32", *(MISSING if pd.isna(full[model]) else f"{full[model]:.{metric.digits}f}" for model in models)]
         )
+        loss -= full[models].fillna(0)
+    mean = loss.mean(axis=1) * (-1 if metric.higher_is_better else 1)
     for method in sorted(
-        values.index, key=lambda label: (weights_only[label], pd.isna(mean[label]), mean[label], label)
+        values.index, key=lambda label: (weights_only[label], few[label], pd.isna(mean[label]), mean[label], label)
     ):
         row = [escape(method)]
         for model in models:

@@ -59,6 +59,18 @@ def test_the_short_table_has_means_alone_and_the_best_first() -> None:
     assert grids(document.brief)[0]["noise"] == {"vit_s": "71.00", "deit_t": "failed", "swin_t": "60.00"}
 
 
+def test_a_method_without_one_model_keeps_its_place_in_the_short_table() -> None:
+    tops = {"ahead": (70.0, 75.0, None), "whole": (60.0, 65.0, 70.0), "one": (79.0, None, None)}
+    rows = [
+        make_row(method=method, model=model, top1=top1)
+        for method, values in tops.items()
+        for model, top1 in zip(("vit_s", "deit_t", "swin_t"), values, strict=True)
+        if top1 is not None
+    ]
+    (document,) = measured_documents(rows)
+    assert list(grids(document.brief)[0])[-3:] == ["ahead", "whole", "one"]
+
+
 def test_of_several_data_the_short_table_has_the_largest() -> None:
     (document,) = measured_documents([*grid_rows(), make_row(split_size=5, top1=1.0), make_row(split_size=5, seed=1)])
     assert len(grids(document.brief)) == 1 < len(grids(document.sections))
