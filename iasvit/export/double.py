@@ -26,12 +26,16 @@ DEGREE = 22  # of the polynomial in `_erf`
 def in_double(model: nn.Module) -> nn.Module:
     """A copy in float64 with the same codes of weights, on the CPU.
 
-    Parameters are the float32 values. Weights are the values of their codes, which float32 chose.
+    Parameters are the float32 values. Weights are the values of their codes, which float32 chose. A norm's eps is the
+    float32 that ONNX has.
     """
     model = copy.deepcopy(model).cpu().eval()
     for _, layer in quant_layers(model):
         if layer.weight_quantizer.enabled:
             layer.round_weight()
+    for module in model.modules():
+        if isinstance(getattr(module, "eps", None), float):
+            module.eps = float(np.float32(module.eps))
     return model.double()
 
 
