@@ -34,8 +34,9 @@ def in_double(model: nn.Module) -> nn.Module:
         if layer.weight_quantizer.enabled:
             layer.round_weight()
     for module in model.modules():
-        if isinstance(getattr(module, "eps", None), float):
-            module.eps = float(np.float32(module.eps))
+        own = vars(module)
+        if isinstance(own.get("eps"), float):
+            own["eps"] = float(np.float32(own["eps"]))
     return model.double()
 
 
