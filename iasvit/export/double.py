@@ -13,7 +13,7 @@ import onnx
 import torch
 from numpy.polynomial import Chebyshev, Polynomial
 from onnx import helper, numpy_helper
-from torch import nn
+from torch import fx, nn
 
 from iasvit.errors import IasvitError
 from iasvit.export.graph import Graph
@@ -26,13 +26,32 @@ DEGREE = 22  # of the polynomial in `_erf`
 def in_double(model: nn.Module) -> nn.Module:
     """A copy in float64 with the same codes of weights, on the CPU.
 
-    Parameters are the float32 values. Weights are the values of their codes, which float32 chose.
+    Parameters are the float32 values. Weights are the values of their codes, which float32 chose. A norm's eps is the
+    float32 that ONNX has.
     """
     model = copy.deepcopy(model).cpu().eval()
     for _, layer in quant_layers(model):
         if layer.weight_quantizer.enabled:
             layer.round_weight()
+    for module in model.modules():
+        own = vars(module)
+        if isinstance(own.get("eps"), float):
+            own["eps"] = float(np.float32(own["eps"]))
     return model.double()
+
+
+def restore_numbers(proto: onnx.ModelProto, model: nn.Module) -> None:
+    """Give a traced graph the model's Python numbers, such as 1 / sqrt(channels), which torch's exporter rounds to
+    float32; in place."""
+    values = [value for module in model.modules() for value in vars(module).values()]
+    for module in model.modules():
+        if isinstance(module, fx.GraphModule):  # as attention is
+            values += [value for node in module.graph.nodes for value in node.args]
+    exact = {float(np.float32(value)): value for value in values if isinstance(value, float)}
+    for tensor in proto.graph.initializer:
+        value = numpy_helper.to_array(tensor)
+        if value.dtype == np.float64 and value.size == 1 and value.item() in exact:
+            tensor.CopyFrom(numpy_helper.from_array(np.full_like(value, exact[value.item()]), tensor.name))
 
 
 def plain(proto: onnx.ModelProto) -> None:

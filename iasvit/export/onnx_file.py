@@ -109,7 +109,7 @@ def graph_of(
         target, opset, vnni, image_size: as of `export_onnx`.
         double: whether floats are float64, for a proof: see `iasvit.export.double`. The target is "onnx" then.
     """
-    from iasvit.export.double import in_double, plain
+    from iasvit.export.double import in_double, plain, restore_numbers
     from iasvit.export.lower import DOMAIN, lower
     from iasvit.export.trace import traced_graph
 
@@ -119,6 +119,8 @@ def graph_of(
     height, width = image_size or description["img_size"]
     images = torch.zeros(2, description["in_chans"], height, width, dtype=torch.float64 if double else torch.float32)
     proto = traced_graph(exported, images, outputs, opset)
+    if double:
+        restore_numbers(proto, exported)
     done = lower(proto, exported, target, vnni, double)
     if double:
         plain(proto)

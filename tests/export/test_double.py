@@ -31,6 +31,7 @@ METHODS = {  # which have all kinds of quantizers among them
     "ias_vit": {"iterations": 1, "batch_size": 4},
     "adalog": {"rounds": 1, "steps": 2},
 }
+HEADS = {"vit": 4, "swin": (2, 4)}  # of 8 channels
 
 
 def run(graph: Graph, outputs: list[str], **inputs: np.ndarray) -> list[np.ndarray]:
@@ -84,6 +85,16 @@ def test_a_model_has_the_same_codes(method: str, family: str) -> None:
     assert (mine - theirs).abs().max() < 1e-12
     with torch.no_grad():
         assert (quantized(images) - mine).abs().max() > 1e-12  # which float32 is not
+
+
+@pytest.mark.parametrize("family", ["vit", "swin"])
+def test_no_number_is_rounded_to_float32(family: str) -> None:
+    """Not 1 / sqrt(channels of a head) either, which is no power of two here; without codes it shows."""
+    quantized = iasvit.quantize(
+        tiny_models.MODELS[family](num_heads=HEADS[family]), tiny_models.images(), "W4A4", "rtn"
+    )
+    (mine,), (theirs,) = Comparison(quantized, double=True).run(tiny_models.images(4, seed=1))
+    assert (mine - theirs).abs().max() < 1e-12
 
 
 def test_each_side_goes_on_with_its_own_codes() -> None:
