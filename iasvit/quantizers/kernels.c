@@ -59,40 +59,29 @@ void masked(const float *restrict gradient, const uint8_t *restrict inside, int6
     for (int64_t i = 0; i < count; i++) out[i] = gradient[i] * (float)inside[i];
 }
 
+static inline uint32_t bits_of(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+
 // The table's value for the upper bits of each x. Where that is NaN, its lowest bits are a row of `fine`, and the 7 bits
-// of x that follow the upper ones the column. Positions of x whose value is NaN there too go to `open`, their number is
-// returned.
-int64_t look_up(const float *restrict x, const float *restrict table, const float *restrict fine, int shift,
-                int64_t count, float *restrict values, int64_t *restrict open) {
-    enum { PIECE = 512 };
-    int64_t found = 0;
-    for (int64_t start = 0; start < count; start += PIECE) {
-        const int64_t stop = start + PIECE < count ? start + PIECE : count;
-        int none = 0;
-        for (int64_t i = start; i < stop; i++) {
-            uint32_t bits;
-            memcpy(&bits, x + i, sizeof bits);
-            const float value = table[bits >> shift];
-            values[i] = value;
-            none |= value != value;
+// of x that follow the upper ones the column; where that is NaN too, the same again for the last 7 bits. Returns
+// whether there are x that have no value there either: theirs is NaN.
+int look_up(const float *restrict x, const float *restrict table, const float *restrict fine, int shift, int64_t count,
+            float *restrict values) {
+    int open = 0;
+    for (int64_t i = 0; i < count; i++) {
+        const uint32_t bits = bits_of(x[i]);
+        float value = table[bits >> shift];
+        if (__builtin_expect(value != value, 0)) {
+            value = fine[(bits_of(value) & 0x3FFFFF) * 128 + (bits >> (shift - 7) & 127)];
+            if (value != value) value = fine[(bits_of(value) & 0x3FFFFF) * 128 + (bits >> (shift - 14) & 127)];
+            open |= value != value;
         }
-        if (!none) continue;
-        none = 0;
-        for (int64_t i = start; i < stop; i++) {
-            uint32_t bits, row;
-            memcpy(&bits, x + i, sizeof bits);
-            const float value = values[i];
-            memcpy(&row, &value, sizeof row);
-            const float part = fine[value != value ? (row & 0x3FFFFF) * 128 + ((bits >> (shift - 7)) & 127) : 0];
-            const float better = value != value ? part : value;
-            values[i] = better;
-            none |= better != better;
-        }
-        if (none)
-            for (int64_t i = start; i < stop; i++)
-                if (values[i] != values[i]) open[found++] = i;
+        values[i] = value;
     }
-    return found;
+    return open;
 }
 
 // gradient * (value + shift) / (x + shift) where low <= x + shift <= high and value + shift > 0; elsewhere 0.
