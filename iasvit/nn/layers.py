@@ -69,7 +69,7 @@ class _QuantWeight:
         learning = torch.is_grad_enabled() and weight.requires_grad
         if torch.compiler.is_compiling() or learning or not quantizer.enabled:
             return quantizer(weight)
-        sources = (weight, *quantizer.buffers())
+        sources = (weight, *[getattr(quantizer, name) for name in quantizer.parameters_])
         if any(source.is_inference() for source in sources):  # they have no version
             return quantizer(weight)
         config = quantizer.config()

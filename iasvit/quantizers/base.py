@@ -64,7 +64,7 @@ class Quantizer(nn.Module):
     @property
     def calibrated(self) -> bool:
         """Whether `calibrate` has run, or a state with its results was loaded."""
-        return all(getattr(self, name).numel() for name in self.parameters_)
+        return all([getattr(self, name).numel() for name in self.parameters_])
 
     def calibrate(self, x: Tensor | Sequence[Tensor]) -> None:
         """Choose the quantizer's parameters for values such as x's, or such as those of several tensors together.

@@ -2,12 +2,13 @@
 
 A quantizer of one scale is a function of one float32 with at most 256 values, constant from one threshold to the next.
 A table over the upper bits of a float32 holds that function, and tables over the next bits those few cells of it that a
-threshold cuts, to the single float. So log2, log-sqrt2, AdaLog, SULQ and both twins cost alike, whatever their formulas.
+threshold cuts, to the single float. So log2, log-sqrt2, AdaLog, SULQ and both twins cost alike, whatever their
+formulas; at 2 and 3 bits a few comparisons cost even less.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -44,10 +45,14 @@ class Cells(NamedTuple):
         values: of each cell, and NaN where its floats have several: 2^18, float32, at `bits of x >> SHIFT`.
         fine: rows of FINE values. The lowest bits of a cell's NaN say which row is that of its parts, and those of a
             part's NaN which row is that of its floats. Row 0, of those that have none, is NaN.
+        first, change: int32, kernels.STEPS entries; none where there are more steps. The function's bits at x are the
+            exclusive or of the `change` of all whose `first` is at most x's bits, as an integer.
     """
 
     values: Tensor
     fine: Tensor
+    first: Tensor
+    change: Tensor
 
 
 def cell_table(codes_of: Callable[[Tensor], Tensor], values_of: Callable[[Tensor], Tensor]) -> Cells:
@@ -79,10 +84,29 @@ def cell_table(codes_of: Callable[[Tensor], Tensor], values_of: Callable[[Tensor
         return (first[:, None] + np.arange(FINE, dtype=np.uint32) * np.uint32(width // FINE)).reshape(-1)
 
     rows = 1
-    values, cut = constant(np.arange(2 ** (32 - SHIFT), dtype=np.uint32) << np.uint32(SHIFT), 2**SHIFT, MARGIN)
-    fine, cut = constant(parts(cut, 2**SHIFT), 2**SHIFT // FINE, MARGIN)
-    exact, _ = constant(parts(cut, FINE), 1, 0)
-    return Cells(values, torch.cat([torch.full((FINE,), torch.nan), fine, exact]))
+    first = np.arange(2 ** (32 - SHIFT), dtype=np.uint32) << np.uint32(SHIFT)
+    values, cut = constant(first, 2**SHIFT, MARGIN)
+    of_parts = parts(cut, 2**SHIFT)
+    fine, cut = constant(of_parts, 2**SHIFT // FINE, MARGIN)
+    of_floats = parts(cut, FINE)
+    exact, _ = constant(of_floats, 1, 0)
+    steps = _steps((first, of_parts, of_floats), (values, fine, exact))
+    return Cells(values, torch.cat([torch.full((FINE,), torch.nan), fine, exact]), *steps)
+
+
+def _steps(first: Sequence[NDArray[np.uint32]], values: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """`first` and `change` of `Cells`, from the first float and the value of each cell, part and float."""
+    begin, bits = np.concatenate(first).view(np.int32), torch.cat(list(values)).view(torch.int32).numpy()
+    known = bits <= NAN  # the NaN of others says where their parts are
+    begin, bits = begin[known], bits[known]
+    order = np.argsort(begin, kind="stable")
+    begin, bits = begin[order], bits[order]
+    change = np.concatenate([bits[:1], bits[1:] ^ bits[:-1]])
+    begin, change = begin[change != 0], change[change != 0]
+    if len(begin) > kernels.STEPS:
+        return torch.empty(0, dtype=torch.int32), torch.empty(0, dtype=torch.int32)
+    more = (0, kernels.STEPS - len(begin))
+    return torch.from_numpy(np.pad(begin, more)), torch.from_numpy(np.pad(change, more))
 
 
 def worth_a_table(x: Tensor) -> bool:
@@ -97,7 +121,7 @@ def look_up(x: Tensor, table: Cells, compute: Callable[[Tensor], Tensor]) -> Ten
     """
     x = x.contiguous()
     if kernels.serve(x):
-        return kernels.look_up(x, table.values, table.fine, SHIFT, compute)
+        return kernels.look_up(x, table, SHIFT, compute)
     values = torch.empty_like(x)
     cells = torch.empty(min(PIECE, x.numel()), dtype=torch.int32)
     open_, start = [], 0

@@ -4,6 +4,9 @@
 #include <stdint.h>
 #include <string.h>
 
+typedef int32_t ints __attribute__((vector_size(32)));
+enum { STEPS = 12, WIDTH = sizeof(ints) / sizeof(int32_t) };
+
 static inline float round_trip(float x, float s, float z, float top) {
     float code = rintf(x / s) + z;
     code = code < 0.0f ? 0.0f : code; // NaN stays NaN
@@ -82,6 +85,34 @@ int look_up(const float *restrict x, const float *restrict table, const float *r
         values[i] = value;
     }
     return open;
+}
+
+static inline ints steps_of(ints bits, const int32_t *restrict first, const int32_t *restrict change) {
+    ints value = {0};
+    for (int k = 0; k < STEPS; k++) value ^= (bits >= first[k]) & change[k];
+    return value;
+}
+
+// Values of which there are few: the bits of each are the exclusive or of all change[k] whose first[k] is at most the bits
+// of x, as an integer. Returns whether there may be NaN among them.
+int steps(const float *restrict x, const int32_t *restrict first, const int32_t *restrict change, int64_t count,
+          float *restrict values) {
+    ints bits, value, open = {0};
+    for (int64_t i = 0; i < count; i += WIDTH) {
+        if (i + WIDTH <= count) {
+            memcpy(&bits, x + i, sizeof bits);
+            value = steps_of(bits, first, change);
+            memcpy(values + i, &value, sizeof value);
+        } else {
+            memcpy(&bits, x + i, (count - i) * sizeof *x);
+            value = steps_of(bits, first, change);
+            memcpy(values + i, &value, (count - i) * sizeof *x);
+        }
+        open |= (value & 0x7FFFFFFF) > 0x7F800000;
+    }
+    int any = 0;
+    for (int lane = 0; lane < WIDTH; lane++) any |= open[lane];
+    return any;
 }
 
 // gradient * (value + shift) / (x + shift) where low <= x + shift <= high and value + shift > 0; elsewhere 0.

@@ -21,9 +21,11 @@ from torch import Tensor
 from torch.nn import Parameter
 
 SOURCE = Path(__file__).with_name("kernels.c")
-FLAGS = ("-O3", "-funroll-loops", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+_EXACT = ("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
+FLAGS = ("-O3", "-funroll-loops", "-march=native", *_EXACT, "-shared", "-fPIC")
 SECONDS = 60  # for a translation, which takes a fifth of one
 THREADS = 4  # the loops run in one thread, torch's passes in all
+STEPS = 12  # values of a function for which comparisons are faster than a table
 LEAST = 2**12  # values; torch's operators are as fast for fewer
 
 _POINTER, _COUNT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
@@ -32,6 +34,7 @@ _ARGUMENTS = {
     "uniform_columns": [*[_POINTER] * 3, _FLOAT, *[_COUNT] * 2, *[_POINTER] * 2],
     "masked": [*[_POINTER] * 2, _COUNT, _POINTER],
     "look_up": [*[_POINTER] * 3, ctypes.c_int, _COUNT, _POINTER],
+    "steps": [*[_POINTER] * 3, _COUNT, _POINTER],
     "log_gradient": [*[_POINTER] * 3, *[_FLOAT] * 3, _COUNT, _POINTER],
 }
 
@@ -64,7 +67,7 @@ def library() -> ctypes.CDLL | None:
         return None
     for name, arguments in _ARGUMENTS.items():
         function = getattr(loaded, name)
-        function.argtypes, function.restype = arguments, ctypes.c_int if name == "look_up" else None
+        function.argtypes, function.restype = arguments, ctypes.c_int if name in ("look_up", "steps") else None
     return loaded if _is_exact(loaded) else None
 
 
@@ -131,18 +134,23 @@ def masked(gradient: Tensor, inside: Tensor) -> Tensor | None:
     return out
 
 
-def look_up(x: Tensor, table: Tensor, fine: Tensor, shift: int, compute: Callable[[Tensor], Tensor]) -> Tensor:
+def look_up(x: Tensor, tables: tuple[Tensor, ...], shift: int, compute: Callable[[Tensor], Tensor]) -> Tensor:
     """The value that `iasvit.quantizers.evaluation.Cells` has for each x, and where it has none what `compute` gives.
 
     x is contiguous.
     """
     loaded = library()
     assert loaded is not None
+    table, fine, first, change = tables
     values = torch.empty_like(x)
-    tables = (table.data_ptr(), fine.data_ptr(), shift)
-    if loaded.look_up(x.data_ptr(), *tables, x.numel(), values.data_ptr()):
-        open_ = values.isnan()
-        values[open_] = compute(x[open_])
+    ends = (x.numel(), values.data_ptr())
+    if len(first):
+        open_ = loaded.steps(x.data_ptr(), first.data_ptr(), change.data_ptr(), *ends)
+    else:
+        open_ = loaded.look_up(x.data_ptr(), table.data_ptr(), fine.data_ptr(), shift, *ends)
+    if open_:
+        where = values.isnan()
+        values[where] = compute(x[where])
     return values
 
 
