@@ -62,6 +62,7 @@ def cell_table(codes_of: Callable[[Tensor], Tensor], values_of: Callable[[Tensor
         codes_of: code of each float; from one float to the next it never turns back, on either side of 0.
         values_of: value of each code.
     """
+    rows = 1  # row 0 is of NaN
 
     def constant(first: NDArray[np.uint32], width: int, margin: int) -> tuple[Tensor, NDArray[np.uint32]]:
         """Values of `width` floats from each of the first on, and the first of those that have several values.
@@ -83,7 +84,6 @@ def cell_table(codes_of: Callable[[Tensor], Tensor], values_of: Callable[[Tensor
         """The first of each of FINE parts of `width` floats from each of the first on."""
         return (first[:, None] + np.arange(FINE, dtype=np.uint32) * np.uint32(width // FINE)).reshape(-1)
 
-    rows = 1
     first = np.arange(2 ** (32 - SHIFT), dtype=np.uint32) << np.uint32(SHIFT)
     values, cut = constant(first, 2**SHIFT, MARGIN)
     of_parts = parts(cut, 2**SHIFT)

@@ -5,7 +5,7 @@
 #include <string.h>
 
 typedef int32_t ints __attribute__((vector_size(32)));
-enum { STEPS = 12, WIDTH = sizeof(ints) / sizeof(int32_t) };
+enum { WIDTH = sizeof(ints) / sizeof(int32_t) };
 
 static inline float round_trip(float x, float s, float z, float top) {
     float code = rintf(x / s) + z;
@@ -87,31 +87,23 @@ int look_up(const float *restrict x, const float *restrict table, const float *r
     return open;
 }
 
-static inline ints steps_of(ints bits, const int32_t *restrict first, const int32_t *restrict change) {
-    ints value = {0};
+static inline ints steps_of_few(const float *x, const int32_t *first, const int32_t *change, float *values) {
+    ints bits, value = {0};
+    memcpy(&bits, x, sizeof bits);
     for (int k = 0; k < STEPS; k++) value ^= (bits >= first[k]) & change[k];
-    return value;
+    memcpy(values, &value, sizeof value);
+    return (value & 0x7FFFFFFF) > 0x7F800000;
 }
 
-// Values of which there are few: the bits of each are the exclusive or of all change[k] whose first[k] is at most the bits
-// of x, as an integer. Returns whether there may be NaN among them.
+// For a function of few steps: the bits of a value are the exclusive or of each change[k] whose first[k] is at most the
+// bits of x, as an integer; STEPS of them. Returns whether there are NaN among the values. At least WIDTH values.
 int steps(const float *restrict x, const int32_t *restrict first, const int32_t *restrict change, int64_t count,
           float *restrict values) {
-    ints bits, value, open = {0};
-    for (int64_t i = 0; i < count; i += WIDTH) {
-        if (i + WIDTH <= count) {
-            memcpy(&bits, x + i, sizeof bits);
-            value = steps_of(bits, first, change);
-            memcpy(values + i, &value, sizeof value);
-        } else {
-            memcpy(&bits, x + i, (count - i) * sizeof *x);
-            value = steps_of(bits, first, change);
-            memcpy(values + i, &value, (count - i) * sizeof *x);
-        }
-        open |= (value & 0x7FFFFFFF) > 0x7F800000;
-    }
+    ints nan = {0};
+    for (int64_t i = 0; i + WIDTH <= count; i += WIDTH) nan |= steps_of_few(x + i, first, change, values + i);
+    if (count % WIDTH) nan |= steps_of_few(x + count - WIDTH, first, change, values + count - WIDTH);
     int any = 0;
-    for (int lane = 0; lane < WIDTH; lane++) any |= open[lane];
+    for (int lane = 0; lane < WIDTH; lane++) any |= nan[lane];
     return any;
 }
 

@@ -60,7 +60,7 @@ def library() -> ctypes.CDLL | None:
     try:
         with tempfile.TemporaryDirectory(prefix="iasvit-kernels-") as folder:
             file = Path(folder) / "kernels.so"
-            command = [compiler, *FLAGS, "-o", str(file), str(SOURCE), "-lm"]
+            command = [compiler, *FLAGS, f"-DSTEPS={STEPS}", "-o", str(file), str(SOURCE), "-lm"]
             subprocess.run(command, check=True, capture_output=True, timeout=SECONDS)
             loaded = ctypes.CDLL(str(file))
     except (OSError, subprocess.SubprocessError):
