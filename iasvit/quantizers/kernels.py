@@ -26,7 +26,7 @@ FLAGS = ("-O3", "-funroll-loops", "-march=native", *_EXACT, "-shared", "-fPIC")
 SECONDS = 60  # for a translation, which takes a fifth of one
 THREADS = 4  # the loops run in one thread, torch's passes in all
 STEPS = 12  # values of a function for which comparisons are faster than a table
-LEAST = 2**12  # values; torch's operators are as fast for fewer
+LEAST = 2**10  # values; who has fewer only need not wait for a compiler
 
 _POINTER, _COUNT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _ARGUMENTS = {
@@ -124,11 +124,13 @@ def uniform(
 
 
 def masked(gradient: Tensor, inside: Tensor) -> Tensor | None:
-    """gradient * inside, a bool mask; None where they do not lie in memory alike."""
+    """gradient * inside, a bool mask; None where they lie in memory in different ways that torch has to reconcile."""
     loaded = library()
     assert loaded is not None
     if gradient.stride() != inside.stride():
-        return None
+        if not gradient.is_contiguous():
+            return None
+        inside = inside.contiguous()
     out = torch.empty_like(gradient)
     loaded.masked(gradient.data_ptr(), inside.data_ptr(), gradient.numel(), out.data_ptr())
     return out
