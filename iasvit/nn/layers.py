@@ -140,6 +140,8 @@ class QuantMatMul(nn.Module):
         self.right_quantizer = right_quantizer
 
     def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        if left.is_cpu and left.requires_grad and not torch.compiler.is_compiling():
+            left, right = left.contiguous(), right.contiguous()  # matmul would copy them, and backward the masks, too
         return self.left_quantizer(left) @ self.right_quantizer(right)
 
 
