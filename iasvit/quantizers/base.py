@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -64,7 +64,7 @@ class Quantizer(nn.Module):
     @property
     def calibrated(self) -> bool:
         """Whether `calibrate` has run, or a state with its results was loaded."""
-        buffers = cast("dict[str, Tensor]", self._buffers)  # a module's attributes take ten times as long
+        buffers: dict[str, Any] = self._buffers  # attributes of a module take ten times as long
         return all([buffers[name].numel() for name in self.parameters_])
 
     def calibrate(self, x: Tensor | Sequence[Tensor]) -> None:
@@ -173,7 +173,7 @@ class Quantizer(nn.Module):
 
     def _table(self) -> tuple[Cells, tuple[float, float, float] | None]:
         """See `cell_table` and `_log_bounds`; computed again where the parameters have changed."""
-        buffers = cast("dict[str, Tensor]", self._buffers)
+        buffers: dict[str, Any] = self._buffers
         key = self.config(), [buffers[name].item() for name in self.parameters_]
         if self._cells is None or self._cells[0] != key:
             self._cells = key, (cell_table(self._codes, self._values), self._log_bounds())

@@ -157,6 +157,6 @@ def test_step(benchmark: BenchmarkFixture, stage: int, how: str) -> None:
     count = 100 if DEVICE.type == "cuda" else 10
     options = {"iterations": count if benchmark.enabled else 1, "batch_size": len(images) // 2}
     options |= {"compile": "compile" in how, "autocast": "autocast" in how}
-    method = _Timed(**options, stage=stage, timed=lambda work, plain: paired(benchmark, work, plain, rounds=3))
+    method = _Timed(**options, stage=stage, timed=lambda work, plain: paired(benchmark, work, plain, rounds=9))
     iasvit.quantize(model, images, "W3A3", method)
     assert method.ratio > 0
