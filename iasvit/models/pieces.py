@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-PIECE = 2**18  # values of an attention map, of a thread
+PIECE = 2**19  # values of an attention map, of a thread
 
 
 def nest(graph: fx.Graph, first: fx.Node, second: fx.Node) -> fx.Graph | None:
@@ -100,16 +100,20 @@ def attend(between: nn.Module, given: tuple[Any, ...], count: int, *arguments: A
     unit = max((len(mask) for mask in given if isinstance(mask, Tensor)), default=1)
     size = query.numel() // query.shape[-1] * key.shape[-1]
     rows = max(1, PIECE * torch.get_num_threads() * len(query) // (size * unit)) * unit
-    whole = not query.is_cpu or query.requires_grad or rows >= len(query)
+    learnt = torch.is_grad_enabled() and any(isinstance(each, Tensor) and each.requires_grad for each in arguments)
+    whole = not query.is_cpu or learnt or rows >= len(query) or torch.is_autocast_enabled("cpu")
     if whole or any(map(_watched, modules)):
         return between(*arguments)
     query, key, value = first.left_quantizer(query), first.right_quantizer(key), second.right_quantizer(value)
+    outputs = query.new_empty(*query.shape[:-1], value.shape[-1])
+    into = iter(outputs.split(rows))
 
     def product(left: Tensor, right: Tensor) -> Tensor:
-        return second.left_quantizer(left) @ right
+        return torch.matmul(second.left_quantizer(left), right, out=next(into))
 
-    batches = zip(*(operand.split(rows) for operand in (query, key, value)), strict=True)
-    return torch.cat([between(torch.matmul, *middle, product, *operands, *others) for operands in batches])
+    for operands in zip(*(operand.split(rows) for operand in (query, key, value)), strict=True):
+        between(torch.matmul, *middle, product, *operands, *others)
+    return outputs
 
 
 def _watched(module: nn.Module) -> bool:

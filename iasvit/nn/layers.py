@@ -69,7 +69,7 @@ class _QuantWeight:
         learning = torch.is_grad_enabled() and weight.requires_grad
         if torch.compiler.is_compiling() or learning or not quantizer.enabled:
             return quantizer(weight)
-        sources = (weight, *quantizer.buffers())
+        sources = (weight, *[getattr(quantizer, name) for name in quantizer.parameters_])
         if any(source.is_inference() for source in sources):  # they have no version
             return quantizer(weight)
         config = quantizer.config()
@@ -140,6 +140,8 @@ class QuantMatMul(nn.Module):
         self.right_quantizer = right_quantizer
 
     def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        if left.is_cpu and left.requires_grad and not torch.compiler.is_compiling():
+            left, right = left.contiguous(), right.contiguous()  # matmul would copy them, and backward the masks, too
         return self.left_quantizer(left) @ self.right_quantizer(right)
 
 

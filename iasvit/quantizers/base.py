@@ -64,7 +64,8 @@ class Quantizer(nn.Module):
     @property
     def calibrated(self) -> bool:
         """Whether `calibrate` has run, or a state with its results was loaded."""
-        return all(getattr(self, name).numel() for name in self.parameters_)
+        buffers: dict[str, Any] = self._buffers  # attributes of a module take ten times as long
+        return all([buffers[name].numel() for name in self.parameters_])
 
     def calibrate(self, x: Tensor | Sequence[Tensor]) -> None:
         """Choose the quantizer's parameters for values such as x's, or such as those of several tensors together.
@@ -173,7 +174,8 @@ class Quantizer(nn.Module):
 
     def _table(self) -> tuple[Cells, tuple[float, float, float] | None]:
         """See `cell_table` and `_log_bounds`; computed again where the parameters have changed."""
-        key = self.config(), [getattr(self, name).item() for name in self.parameters_]
+        buffers: dict[str, Any] = self._buffers
+        key = self.config(), [buffers[name].item() for name in self.parameters_]
         if self._cells is None or self._cells[0] != key:
             self._cells = key, (cell_table(self._codes, self._values), self._log_bounds())
         return self._cells[1]
@@ -220,12 +222,13 @@ class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, quantizer: Quantizer) -> Tensor:
         needs_grad = ctx.needs_input_grad[0]
-        large = x.is_cpu and quantizer.elementwise and x.numel() > 2 * PIECE
+        large = x.is_cpu and x.numel() > 2 * PIECE and quantizer.elementwise
         x = x.contiguous() if large else x
         if kernels.serve(x) and (fused := quantizer._fused(x, needs_grad)) is not None:
             values, ste = fused
             if needs_grad and ste is None:  # a pass that writes it and one that reads it again are saved
-                ctx.quantizer, ctx.bounds = quantizer, quantizer._table()[1]
+                assert quantizer._cells is not None
+                ctx.quantizer, ctx.bounds = quantizer, quantizer._cells[1][1]
                 ctx.save_for_backward(x, values)
             elif needs_grad:
                 ctx.save_for_backward(ste)

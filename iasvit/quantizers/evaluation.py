@@ -1,13 +1,14 @@
 """Fake quantization on a CPU where no gradient is wanted: as few passes over the data as give the very same values.
 
 A quantizer of one scale is a function of one float32 with at most 256 values, constant from one threshold to the next.
-A table over the upper bits of a float32 holds that function, but for the few cells that a threshold cuts; what falls
-into these is computed. So log2, log-sqrt2, AdaLog, SULQ and both twins cost alike, whatever their formulas.
+A table over the upper bits of a float32 holds that function, and tables over the next bits those few cells of it that a
+threshold cuts, to the single float. So log2, log-sqrt2, AdaLog, SULQ and both twins cost alike, whatever their
+formulas; at 2 and 3 bits a few comparisons cost even less.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -17,8 +18,9 @@ from torch import Tensor
 
 from iasvit.quantizers import kernels
 
-FINE = 128  # parts of a cell that a threshold cuts
+FINE = 128  # parts of a cell that a threshold cuts, and floats of a part
 SHIFT = 14  # lower bits of a float32 that a cell leaves out: 512 cells from one power of 2 to the next
+NAN = 0x7FC00000  # its lower bits may be anything
 MARGIN = 64  # floats; log2 of two floats that are neighbours may come in the wrong order, so nearby is cut, too
 LEAST = 2**15  # values; below it the few calls of the formula cost less
 THREADS = 2  # the look-up runs in one; with more than so many the formula, which all share, is as fast
@@ -41,12 +43,16 @@ class Cells(NamedTuple):
 
     Attributes:
         values: of each cell, and NaN where its floats have several: 2^18, float32, at `bits of x >> SHIFT`.
-        fine: the same for the parts of cells that a threshold cuts, FINE a cell. The lowest bits of a cell's NaN say
-            which row of FINE parts is its own; row 0, of cells that have none, is NaN.
+        fine: rows of FINE values. The lowest bits of a cell's NaN say which row is that of its parts, and those of a
+            part's NaN which row is that of its floats. Row 0, of those that have none, is NaN.
+        first, change: int32, kernels.STEPS entries; none where there are more steps. The function's bits at x are the
+            exclusive or of the `change` of all whose `first` is at most x's bits, as an integer.
     """
 
     values: Tensor
     fine: Tensor
+    first: Tensor
+    change: Tensor
 
 
 def cell_table(codes_of: Callable[[Tensor], Tensor], values_of: Callable[[Tensor], Tensor]) -> Cells:
@@ -56,23 +62,51 @@ def cell_table(codes_of: Callable[[Tensor], Tensor], values_of: Callable[[Tensor
         codes_of: code of each float; from one float to the next it never turns back, on either side of 0.
         values_of: value of each code.
     """
+    rows = 1  # row 0 is of NaN
 
-    def constant(first: NDArray[np.uint32], width: int) -> tuple[Tensor, Tensor]:
-        """Values of `width` floats from each of the first on, NaN where they have several; whether they have."""
+    def constant(first: NDArray[np.uint32], width: int, margin: int) -> tuple[Tensor, NDArray[np.uint32]]:
+        """Values of `width` floats from each of the first on, and the first of those that have several values.
+
+        A value is NaN where there is none, and a NaN that says the row where there are several.
+        """
+        nonlocal rows
         zero = (first & np.uint32(0x7FFFFFFF)) == 0
-        low, high = np.where(zero, first, first - np.uint32(MARGIN)), first + np.uint32(width - 1 + MARGIN)
+        low, high = np.where(zero, first, first - np.uint32(margin)), first + np.uint32(width - 1 + margin)
         low_codes, high_codes = (codes_of(torch.from_numpy(bits.view(np.float32))) for bits in (low, high))
         same = low_codes == high_codes  # NaN is not
         values = torch.where(same, values_of(torch.where(same, low_codes, 0.0)), torch.nan)
-        return values, ~same & ~low_codes.isnan() & ~high_codes.isnan()
+        where = (~same & ~low_codes.isnan() & ~high_codes.isnan()).nonzero()[:, 0]
+        values.view(torch.int32)[where] = NAN + torch.arange(rows, rows + len(where), dtype=torch.int32)
+        rows += len(where)
+        return values, first[where.numpy()]
+
+    def parts(first: NDArray[np.uint32], width: int) -> NDArray[np.uint32]:
+        """The first of each of FINE parts of `width` floats from each of the first on."""
+        return (first[:, None] + np.arange(FINE, dtype=np.uint32) * np.uint32(width // FINE)).reshape(-1)
 
     first = np.arange(2 ** (32 - SHIFT), dtype=np.uint32) << np.uint32(SHIFT)
-    values, cut = constant(first, 2**SHIFT)
-    where = cut.nonzero()[:, 0]
-    parts = np.arange(FINE, dtype=np.uint32) * np.uint32(2**SHIFT // FINE)
-    fine, _ = constant((first[where.numpy()][:, None] + parts).reshape(-1), 2**SHIFT // FINE)
-    values.view(torch.int32)[where] = 0x7FC00000 + torch.arange(1, len(where) + 1, dtype=torch.int32)
-    return Cells(values, torch.cat([torch.full((FINE,), torch.nan), fine]))
+    values, cut = constant(first, 2**SHIFT, MARGIN)
+    of_parts = parts(cut, 2**SHIFT)
+    fine, cut = constant(of_parts, 2**SHIFT // FINE, MARGIN)
+    of_floats = parts(cut, FINE)
+    exact, _ = constant(of_floats, 1, 0)
+    steps = _steps((first, of_parts, of_floats), (values, fine, exact))
+    return Cells(values, torch.cat([torch.full((FINE,), torch.nan), fine, exact]), *steps)
+
+
+def _steps(first: Sequence[NDArray[np.uint32]], values: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """`first` and `change` of `Cells`, from the first float and the value of each cell, part and float."""
+    begin, bits = np.concatenate(first).view(np.int32), torch.cat(list(values)).view(torch.int32).numpy()
+    known = bits <= NAN  # the NaN of others says where their parts are
+    begin, bits = begin[known], bits[known]
+    order = np.argsort(begin, kind="stable")
+    begin, bits = begin[order], bits[order]
+    change = np.concatenate([bits[:1], bits[1:] ^ bits[:-1]])
+    begin, change = begin[change != 0], change[change != 0]
+    if len(begin) > kernels.STEPS:
+        return torch.empty(0, dtype=torch.int32), torch.empty(0, dtype=torch.int32)
+    more = (0, kernels.STEPS - len(begin))
+    return torch.from_numpy(np.pad(begin, more)), torch.from_numpy(np.pad(change, more))
 
 
 def worth_a_table(x: Tensor) -> bool:
@@ -87,7 +121,7 @@ def look_up(x: Tensor, table: Cells, compute: Callable[[Tensor], Tensor]) -> Ten
     """
     x = x.contiguous()
     if kernels.serve(x):
-        return kernels.look_up(x, table.values, table.fine, SHIFT, compute)
+        return kernels.look_up(x, table, SHIFT, compute)
     values = torch.empty_like(x)
     cells = torch.empty(min(PIECE, x.numel()), dtype=torch.int32)
     open_, start = [], 0

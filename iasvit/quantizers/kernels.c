@@ -4,6 +4,9 @@
 #include <stdint.h>
 #include <string.h>
 
+typedef int32_t ints __attribute__((vector_size(32)));
+enum { WIDTH = sizeof(ints) / sizeof(int32_t) };
+
 static inline float round_trip(float x, float s, float z, float top) {
     float code = rintf(x / s) + z;
     code = code < 0.0f ? 0.0f : code; // NaN stays NaN
@@ -59,40 +62,49 @@ void masked(const float *restrict gradient, const uint8_t *restrict inside, int6
     for (int64_t i = 0; i < count; i++) out[i] = gradient[i] * (float)inside[i];
 }
 
+static inline uint32_t bits_of(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+
 // The table's value for the upper bits of each x. Where that is NaN, its lowest bits are a row of `fine`, and the 7 bits
-// of x that follow the upper ones the column. Positions of x whose value is NaN there too go to `open`, their number is
-// returned.
-int64_t look_up(const float *restrict x, const float *restrict table, const float *restrict fine, int shift,
-                int64_t count, float *restrict values, int64_t *restrict open) {
-    enum { PIECE = 512 };
-    int64_t found = 0;
-    for (int64_t start = 0; start < count; start += PIECE) {
-        const int64_t stop = start + PIECE < count ? start + PIECE : count;
-        int none = 0;
-        for (int64_t i = start; i < stop; i++) {
-            uint32_t bits;
-            memcpy(&bits, x + i, sizeof bits);
-            const float value = table[bits >> shift];
-            values[i] = value;
-            none |= value != value;
+// of x that follow the upper ones the column; where that is NaN too, the same again for the last 7 bits. Returns
+// whether there are x that have no value there either: theirs is NaN.
+int look_up(const float *restrict x, const float *restrict table, const float *restrict fine, int shift, int64_t count,
+            float *restrict values) {
+    int open = 0;
+    for (int64_t i = 0; i < count; i++) {
+        const uint32_t bits = bits_of(x[i]);
+        float value = table[bits >> shift];
+        if (__builtin_expect(value != value, 0)) {
+            value = fine[(bits_of(value) & 0x3FFFFF) * 128 + (bits >> (shift - 7) & 127)];
+            if (value != value) value = fine[(bits_of(value) & 0x3FFFFF) * 128 + (bits >> (shift - 14) & 127)];
+            open |= value != value;
         }
-        if (!none) continue;
-        none = 0;
-        for (int64_t i = start; i < stop; i++) {
-            uint32_t bits, row;
-            memcpy(&bits, x + i, sizeof bits);
-            const float value = values[i];
-            memcpy(&row, &value, sizeof row);
-            const float part = fine[value != value ? (row & 0x3FFFFF) * 128 + ((bits >> (shift - 7)) & 127) : 0];
-            const float better = value != value ? part : value;
-            values[i] = better;
-            none |= better != better;
-        }
-        if (none)
-            for (int64_t i = start; i < stop; i++)
-                if (values[i] != values[i]) open[found++] = i;
+        values[i] = value;
     }
-    return found;
+    return open;
+}
+
+static inline ints steps_of_few(const float *x, const int32_t *first, const int32_t *change, float *values) {
+    ints bits, value = {0};
+    memcpy(&bits, x, sizeof bits);
+    for (int k = 0; k < STEPS; k++) value ^= (bits >= first[k]) & change[k];
+    memcpy(values, &value, sizeof value);
+    return (value & 0x7FFFFFFF) > 0x7F800000;
+}
+
+// For a function of few steps: the bits of a value are the exclusive or of each change[k] whose first[k] is at most the
+// bits of x, as an integer; STEPS of them. Returns whether there are NaN among the values. At least WIDTH values.
+int steps(const float *restrict x, const int32_t *restrict first, const int32_t *restrict change, int64_t count,
+          float *restrict values) {
+    ints nan = {0};
+    for (int64_t i = 0; i + WIDTH <= count; i += WIDTH) nan |= steps_of_few(x + i, first, change, values + i);
+    if (count % WIDTH) nan |= steps_of_few(x + count - WIDTH, first, change, values + count - WIDTH);
+    int any = 0;
+    for (int lane = 0; lane < WIDTH; lane++) any |= nan[lane];
+    return any;
 }
 
 // gradient * (value + shift) / (x + shift) where low <= x + shift <= high and value + shift > 0; elsewhere 0.

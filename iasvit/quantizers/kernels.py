@@ -21,18 +21,20 @@ from torch import Tensor
 from torch.nn import Parameter
 
 SOURCE = Path(__file__).with_name("kernels.c")
-FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+_EXACT = ("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
+FLAGS = ("-O3", "-funroll-loops", "-march=native", *_EXACT, "-shared", "-fPIC")
 SECONDS = 60  # for a translation, which takes a fifth of one
 THREADS = 4  # the loops run in one thread, torch's passes in all
-PIECE = 2**20  # values of which positions are collected at once
-LEAST = 2**12  # values; torch's operators are as fast for fewer
+STEPS = 12  # values of a function for which comparisons are faster than a table
+LEAST = 2**10  # values; who has fewer only need not wait for a compiler
 
 _POINTER, _COUNT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _ARGUMENTS = {
     "uniform_runs": [*[_POINTER] * 3, _FLOAT, *[_COUNT] * 3, *[_POINTER] * 2],
     "uniform_columns": [*[_POINTER] * 3, _FLOAT, *[_COUNT] * 2, *[_POINTER] * 2],
     "masked": [*[_POINTER] * 2, _COUNT, _POINTER],
-    "look_up": [*[_POINTER] * 3, ctypes.c_int, _COUNT, *[_POINTER] * 2],
+    "look_up": [*[_POINTER] * 3, ctypes.c_int, _COUNT, _POINTER],
+    "steps": [*[_POINTER] * 3, _COUNT, _POINTER],
     "log_gradient": [*[_POINTER] * 3, *[_FLOAT] * 3, _COUNT, _POINTER],
 }
 
@@ -58,14 +60,14 @@ def library() -> ctypes.CDLL | None:
     try:
         with tempfile.TemporaryDirectory(prefix="iasvit-kernels-") as folder:
             file = Path(folder) / "kernels.so"
-            command = [compiler, *FLAGS, "-o", str(file), str(SOURCE), "-lm"]
+            command = [compiler, *FLAGS, f"-DSTEPS={STEPS}", "-o", str(file), str(SOURCE), "-lm"]
             subprocess.run(command, check=True, capture_output=True, timeout=SECONDS)
             loaded = ctypes.CDLL(str(file))
     except (OSError, subprocess.SubprocessError):
         return None
     for name, arguments in _ARGUMENTS.items():
         function = getattr(loaded, name)
-        function.argtypes, function.restype = arguments, _COUNT if name == "look_up" else None
+        function.argtypes, function.restype = arguments, ctypes.c_int if name in ("look_up", "steps") else None
     return loaded if _is_exact(loaded) else None
 
 
@@ -122,32 +124,35 @@ def uniform(
 
 
 def masked(gradient: Tensor, inside: Tensor) -> Tensor | None:
-    """gradient * inside, a bool mask; None where they do not lie in memory alike."""
+    """gradient * inside, a bool mask; None where they lie in memory in different ways that torch has to reconcile."""
     loaded = library()
     assert loaded is not None
     if gradient.stride() != inside.stride():
-        return None
+        if not gradient.is_contiguous():
+            return None
+        inside = inside.contiguous()
     out = torch.empty_like(gradient)
     loaded.masked(gradient.data_ptr(), inside.data_ptr(), gradient.numel(), out.data_ptr())
     return out
 
 
-def look_up(x: Tensor, table: Tensor, fine: Tensor, shift: int, compute: Callable[[Tensor], Tensor]) -> Tensor:
+def look_up(x: Tensor, tables: tuple[Tensor, ...], shift: int, compute: Callable[[Tensor], Tensor]) -> Tensor:
     """The value that `iasvit.quantizers.evaluation.Cells` has for each x, and where it has none what `compute` gives.
 
     x is contiguous.
     """
     loaded = library()
     assert loaded is not None
+    table, fine, first, change = tables
     values = torch.empty_like(x)
-    open_ = torch.empty(min(PIECE, x.numel()), dtype=torch.int64)
-    tables = (table.data_ptr(), fine.data_ptr(), shift)
-    for source, target in zip(x.view(-1).split(PIECE), values.view(-1).split(PIECE), strict=True):
-        ends = (len(source), target.data_ptr(), open_.data_ptr())
-        found = loaded.look_up(source.data_ptr(), *tables, *ends)
-        if found:
-            where = open_[:found]
-            target[where] = compute(source[where])
+    ends = (x.numel(), values.data_ptr())
+    if len(first):
+        open_ = loaded.steps(x.data_ptr(), first.data_ptr(), change.data_ptr(), *ends)
+    else:
+        open_ = loaded.look_up(x.data_ptr(), table.data_ptr(), fine.data_ptr(), shift, *ends)
+    if open_:
+        where = values.isnan()
+        values[where] = compute(x[where])
     return values
 
 

@@ -98,7 +98,9 @@ class UniformQuantizer(Quantizer):
         return self._fake_quantize_with(x, *self._shaped(x.ndim), out=out)
 
     def _fused(self, x: Tensor, gradient: bool) -> tuple[Tensor, Tensor | None] | None:
-        return kernels.uniform(x, self.scale, self.zero_point, self.n_levels - 1, self.channel_dim, gradient)
+        buffers: dict[str, Any] = self._buffers
+        scale, zero_point = buffers["scale"], buffers["zero_point"]
+        return kernels.uniform(x, scale, zero_point, self.n_levels - 1, self.channel_dim, gradient)
 
     def _evaluate_in_order(self, x: Tensor) -> Tensor:
         if kernels.serve(x):

@@ -1,7 +1,8 @@
 """How many times as long as the plain version: both are timed in turn, in the same run, and the ratio is printed.
 
 `tox -e bench -- -k ratios -s`; `IASVIT_BENCH_FULL=1` measures full-size DeiT-S and takes minutes, also on a GPU where
-there is one. Without `--benchmark-enable` each body runs once, at its smallest.
+there is one; `IASVIT_BENCH_IMAGES` is how many images are evaluated at once. Without `--benchmark-enable` each body
+runs once, at its smallest.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ LOG_DOMAIN: dict[str, Callable[[], Quantizer]] = {
 def backbone() -> tuple[nn.Module, torch.Tensor]:
     """A float model and a batch: DeiT-S at 224 pixels with random weights, or the mini deit_t with its own."""
     model, size, count = (timm.create_model("deit_small_patch16_224"), 224, 8) if FULL else (zoo.load("deit_t"), 56, 16)
+    count = int(os.environ.get("IASVIT_BENCH_IMAGES", count))
     images = torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0))
     return model.eval().to(DEVICE), images.to(DEVICE)
 
@@ -157,6 +159,6 @@ def test_step(benchmark: BenchmarkFixture, stage: int, how: str) -> None:
     count = 100 if DEVICE.type == "cuda" else 10
     options = {"iterations": count if benchmark.enabled else 1, "batch_size": len(images) // 2}
     options |= {"compile": "compile" in how, "autocast": "autocast" in how}
-    method = _Timed(**options, stage=stage, timed=lambda work, plain: paired(benchmark, work, plain, rounds=3))
+    method = _Timed(**options, stage=stage, timed=lambda work, plain: paired(benchmark, work, plain, rounds=9))
     iasvit.quantize(model, images, "W3A3", method)
     assert method.ratio > 0

@@ -68,6 +68,24 @@ def test_matmul_quantizes_both_operands() -> None:
     assert not torch.equal(product(left, right), left @ right)
 
 
+def test_a_matmul_learns_the_same_from_operands_in_any_layout() -> None:
+    left, right = random(2, 40, 3, 16), random(2, 40, 3, 16, seed=1)  # as a projection writes them, heads inside
+    product = QuantMatMul(UniformQuantizer(3), UniformQuantizer(3))
+    product.left_quantizer.calibrate(left)
+    product.right_quantizer.calibrate(right)
+
+    def learn(q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
+        outputs = product(q.requires_grad_(True), k.requires_grad_(True))
+        return outputs, *torch.autograd.grad(outputs.square().sum(), (q, k))
+
+    q, k = left.transpose(1, 2), right.permute(0, 2, 3, 1)
+    views, copies = learn(q.detach(), k.detach()), learn(q.contiguous(), k.contiguous())
+    assert all(torch.equal(view, copy) for view, copy in zip(views, copies, strict=True))
+    quantizers = product.left_quantizer, product.right_quantizer
+    q_hat, k_hat = (quantizer.decode(quantizer.encode(x)) for quantizer, x in zip(quantizers, (q, k), strict=True))
+    assert torch.equal(views[0], q_hat @ k_hat)
+
+
 def test_the_mode_of_the_float_layer_is_kept() -> None:
     assert not QuantLinear.from_float(nn.Linear(2, 2).eval(), weight_quantizer(), None).training
     assert QuantConv2d.from_float(nn.Conv2d(1, 1, 1), weight_quantizer(), None).training

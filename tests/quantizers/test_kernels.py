@@ -11,7 +11,7 @@ from test_evaluation import KINDS, hard_values, same_bits, seen_by
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from iasvit.quantizers import Quantizer, UniformQuantizer, kernels
+from iasvit.quantizers import Quantizer, UniformQuantizer, evaluation, kernels
 
 needs_compiler = pytest.mark.skipif(kernels.library() is None, reason="no C compiler")
 
@@ -59,6 +59,46 @@ def test_values_and_gradients_around_every_threshold(kind: str, n_bits: int, mon
     assert_same(work(), by_operators(monkeypatch, work))
     with torch.no_grad():
         assert same_bits(quantizer(x), quantizer.decode(quantizer.encode(x)))
+
+
+@needs_compiler
+@pytest.mark.parametrize("n_bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if KINDS[kind](2).monotone])
+def test_tables_and_comparisons_know_every_value(kind: str, n_bits: int) -> None:
+    quantizer = KINDS[kind](n_bits)
+    quantizer.calibrate(seen_by(kind))
+    cells = quantizer._table()[0]
+    assert len(cells.first) == kernels.STEPS or n_bits > 3  # few values: these are compared, others looked up
+    assert not len(cells.first) or n_bits < 8
+    x = hard_values(kind, quantizer).clamp(-1e38, 1e38)
+    expected = quantizer.decode(quantizer.encode(x))
+
+    def compute(rest: Tensor) -> Tensor:
+        raise AssertionError(f"{rest} are not known")
+
+    looked_up = cells._replace(first=cells.first[:0])
+    for count in range(len(x) - 9, len(x) + 1):  # whatever the width of a vector
+        for table in (cells, looked_up):
+            assert same_bits(kernels.look_up(x[:count], table, evaluation.SHIFT, compute), expected[:count])
+
+
+@needs_compiler
+@pytest.mark.parametrize("n_bits", [3, 8])
+def test_what_is_not_known_is_computed(n_bits: int) -> None:
+    quantizer = KINDS["sulq"](n_bits)
+    quantizer.calibrate(seen_by("sulq"))
+    x = seen_by("sulq", seed=1).flatten().repeat(3)
+    where = torch.tensor([0, 100, len(x) - 1])
+    x[where] = torch.tensor([torch.nan, torch.inf, torch.nan])
+    given: list[Tensor] = []
+
+    def compute(rest: Tensor) -> Tensor:
+        given.append(rest)
+        return torch.tensor([1.0, 2.0, 3.0])
+
+    values = kernels.look_up(x, quantizer._table()[0], evaluation.SHIFT, compute)
+    assert [rest.isnan().tolist() for rest in given] == [[True, False, True]]
+    assert values[where].tolist() == [1.0, 2.0, 3.0]
 
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
