@@ -74,13 +74,14 @@ def paired(benchmark: BenchmarkFixture, work: Callable[[], Any], plain: Callable
 
 
 @pytest.mark.benchmark(group="evaluation against full precision")
-@pytest.mark.parametrize("method", ["minmax", "rtn", "base_ptq", "ptq4vit", "repq_vit", "ias_vit"])
-def test_evaluation(benchmark: BenchmarkFixture, method: str) -> None:
-    if method != "ias_vit" and not benchmark.enabled:
+@pytest.mark.parametrize("bits", ["W3A3", "W4A4", "W6A6"])
+@pytest.mark.parametrize("method", ["minmax", "rtn", "base_ptq", "ptq4vit", "repq_vit", "gptq", "adalog", "ias_vit"])
+def test_evaluation(benchmark: BenchmarkFixture, method: str, bits: str) -> None:
+    if (method, bits) != ("ias_vit", "W3A3") and not benchmark.enabled:
         pytest.skip("one method shows that it works where nothing is measured")
     model, images = backbone()
     options = {"iterations": 0} if method == "ias_vit" else {}
-    quantized = iasvit.quantize(model, images[:4], "W3A3", method, **options)
+    quantized = iasvit.quantize(model, images[:4], bits, method, **options)
     with torch.inference_mode():
         paired(benchmark, lambda: quantized(images), lambda: model(images))
         assert torch.isfinite(quantized(images)).all()
