@@ -21,6 +21,7 @@ from iasvit.blockwise import (
     PerturbationHessian,
 )
 from iasvit.blockwise.core import Settings
+from iasvit.blockwise.heads import learn_heads
 from iasvit.blockwise.initialise import INITIALISATIONS
 from iasvit.blockwise.joint import Augmentation, Weights, learn_jointly
 from iasvit.blockwise.output_search import search_bases
@@ -72,6 +73,8 @@ class Unison(BlockReconstruction):
         joint_batch_size, joint_lr, joint_scale_lr: of these; the scale's rate for activations, as for weights.
         joint_decay: both rates are multiplied by it for each bit beyond 3: finer codes need smaller corrections.
         joint_logits, joint_features, joint_local: weights of what is compared.
+        head_iterations: steps of a detector's neck and heads, after all else (`iasvit.blockwise.heads`); the recipe's
+            of a block where not given.
         crop: least side of a random crop, as a part of the image's; 1 for none.
         flip: mirror half of the images.
         mix: part of the images that are mixed with another.
@@ -104,6 +107,7 @@ class Unison(BlockReconstruction):
     joint_logits: Annotated[float, Range(0)] = 1.0
     joint_features: Annotated[float, Range(0)] = 1.0
     joint_local: Annotated[float, Range(0)] = 1.0
+    head_iterations: Annotated[int | None, Range(0)] = None
     crop: Annotated[float, Range(above=0, most=1)] = 0.7
     flip: bool = True
     mix: Annotated[float, Range(0, 1)] = 0.0
@@ -218,3 +222,5 @@ class Unison(BlockReconstruction):
             mode(q.n_bits for w in (True, False) for _, q in quantizers_of(quantized, weights=w))
         )
         learn_jointly(quantized, teacher, teacher.images, joint, weights, augmentation, progress, self.seed)
+        steps = settings.iterations if self.head_iterations is None else self.head_iterations
+        learn_heads(quantized, teacher, teacher.images, replace(settings, iterations=steps), progress, self.seed)

@@ -179,6 +179,24 @@ class Adapter(ABC):
         logits = self.chain(model)[-1].run(inputs)
         return (logits * label_gradient(logits, generator)).sum(dim=1)
 
+    def answer_errors(
+        self, model: nn.Module, inputs: Activation, full_model: nn.Module, full_inputs: Activation
+    ) -> Tensor:
+        """How far the answers of a last segment that is no table of logits lie from those in full precision.
+
+        Args:
+            model: quantizable.
+            inputs: of its last segment, B images.
+            full_model, full_inputs: the same in full precision.
+
+        Returns:
+            One entry, ≥ 0, for each kind of error.
+
+        Raises:
+            IasvitError: no such measure is known for the family.
+        """
+        raise IasvitError(f"the answers of a {class_name(model)} cannot be compared")
+
     @abstractmethod
     def describe(self, model: nn.Module) -> dict[str, Any]:
         """JSON types from which `build` makes an equal model of random weights."""

@@ -25,11 +25,23 @@ from iasvit.models.attention import explicit_attention
 from iasvit.models.base import Adapter, Inserter, NormLinearPair, Segment, class_name
 from iasvit.models.blocks import require
 from iasvit.models.likelihood import label_gradient
-from iasvit.models.mmdet_heads import Component, check_heads, fixed_answers, flat, label_scores, meta_of, run_heads
+from iasvit.models.mmdet_heads import (
+    Component,
+    check_heads,
+    divergence,
+    find_regions,
+    fixed_answers,
+    flat,
+    label_scores,
+    meta_of,
+    run_heads,
+    run_heads_at,
+)
 from iasvit.models.parts import MLP, Heads
 from iasvit.nn import QuantMatMul
 
 HEADS = ("neck", "rpn_head", "roi_head")
+REGIONS = 64  # proposals of an image at which heads are compared
 # The mask head's deconvolution and normalization stay in floating point.
 _FLOAT = (nn.ConvTranspose2d, nn.LayerNorm, nn.GroupNorm, _BatchNorm)
 
@@ -125,6 +137,21 @@ class DetectorAdapter(Adapter):
         """See `Adapter`: of labels for objectness, classes, boxes and masks alike; `mmdet_heads.label_scores`."""
         table = label_scores(_heads(model, inputs), len(inputs[0]))
         return (table * label_gradient(table, generator)).sum(dim=1)  # the table's columns are equal: one is drawn
+
+    def answer_errors(
+        self, model: TwoStageDetector, inputs: Maps, full_model: TwoStageDetector, full_inputs: Maps
+    ) -> Tensor:
+        """See `Adapter`: of what the neck puts out, relative to its size; and `mmdet_heads.divergence` of all heads.
+
+        Heads are compared at the REGIONS likeliest proposals of an image, and at the masks of its detections, that the
+        detector in full precision finds.
+        """
+        with torch.no_grad():
+            full_features, size = _features(full_model, full_inputs)
+            full, regions = find_regions(full_model, full_features, size, REGIONS)
+        features, _ = _features(model, inputs)
+        errors = [(x - y).square().mean() / y.square().mean() for x, y in zip(features, full_features, strict=True)]
+        return torch.stack([torch.stack(errors).sum(), divergence(run_heads_at(model, features, regions), full)])
 
     def describe(self, model: TwoStageDetector) -> dict[str, Any]:
         """The detector's configuration, where it has one: mmdet keeps it in its attribute `cfg`."""

@@ -13,6 +13,7 @@ from mmdet.models.roi_heads.bbox_heads import ConvFCBBoxHead
 from mmdet.models.roi_heads.mask_heads import FCNMaskHead
 from mmdet.structures.bbox import bbox2roi, get_box_tensor
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from iasvit.models.blocks import require
 
@@ -63,6 +64,21 @@ def check_heads(detector: TwoStageDetector) -> None:
         require(type(head) is FCNMaskHead, "roi_head.mask_head", head, FCNMaskHead.__name__)
 
 
+@dataclass(frozen=True)
+class Regions:
+    """Where a detector's heads look: rows (image in the batch, x0, y0, x1, y1) in pixels.
+
+    Attributes:
+        boxes: for each box stage, (R, 5).
+        masks: (M, 5).
+        labels: the class found in each of `masks`, int64 (M,).
+    """
+
+    boxes: tuple[Tensor, ...]
+    masks: Tensor
+    labels: Tensor
+
+
 def run_heads(detector: TwoStageDetector, features: Sequence[Tensor], size: tuple[int, int]) -> list[Component]:
     """Run RPN and RoI heads as for a prediction, and return what they output.
 
@@ -77,6 +93,13 @@ def run_heads(detector: TwoStageDetector, features: Sequence[Tensor], size: tupl
     Returns:
         Outputs with their gradients: the RPN's, each box stage's, each mask stage's.
     """
+    return find_regions(detector, features, size)[0]
+
+
+def find_regions(
+    detector: TwoStageDetector, features: Sequence[Tensor], size: tuple[int, int], most: int | None = None
+) -> tuple[list[Component], Regions]:
+    """See `run_heads`; also the regions. `most`: proposals of an image that are kept, the likeliest; None for all."""
     count = len(features[0])
     metas = [meta_of(size) for _ in range(count)]
     scores, offsets = detector.rpn_head(features)
@@ -86,20 +109,21 @@ def run_heads(detector: TwoStageDetector, features: Sequence[Tensor], size: tupl
             [x.detach() for x in scores], [x.detach() for x in offsets], batch_img_metas=metas, rescale=False
         )
         whole = features[0].new_tensor([[0.0, 0.0, size[1], size[0]]])
-        boxes = [get_box_tensor(instances.bboxes) if len(instances) else whole for instances in found]
+        boxes = [get_box_tensor(instances.bboxes)[:most] if len(instances) else whole for instances in found]
 
     roi_head = detector.roi_head
     box_heads, counts = _heads(roi_head.bbox_head), [len(x) for x in boxes]
     rois = bbox2roi(boxes)
-    classes = []
+    classes, stages = [], [rois]
     for stage, head in enumerate(box_heads):
         out = _stage(roi_head, roi_head._bbox_forward, stage, features, rois)
         classes.append(out["cls_score"])
         components += _box_components(head, out["cls_score"], out["bbox_pred"], rois, _stage_weight(roi_head, stage))
         if stage + 1 < len(box_heads):
             rois = _refined(head, rois, out["cls_score"], out["bbox_pred"], counts, metas)
+            stages.append(rois)
     if not roi_head.with_mask:
-        return components
+        return components, Regions(tuple(stages), rois[:0], rois.new_zeros(0, dtype=torch.int64))
 
     with torch.no_grad():
         mean = torch.stack(classes).mean(dim=0)
@@ -112,17 +136,47 @@ def run_heads(detector: TwoStageDetector, features: Sequence[Tensor], size: tupl
             rescale=False,
         )
         likely = mean[:, : box_heads[-1].num_classes].argmax(dim=1)
-        regions = [
+        found = [
             (get_box_tensor(instances.bboxes), instances.labels)
             if len(instances)
             else (part[:, 1:][: roi_head.test_cfg.max_per_img], labels[: roi_head.test_cfg.max_per_img])
             for instances, part, labels in zip(detections, rois.split(counts), likely.split(counts), strict=True)
         ]
-        rois, labels = bbox2roi([region for region, _ in regions]), torch.cat([labels for _, labels in regions])
-    for stage, _ in enumerate(_heads(roi_head.mask_head)):
-        masks = _stage(roi_head, roi_head._mask_forward, stage, features, rois)["mask_preds"]
-        components.append(_mask_component(masks, labels, rois, _stage_weight(roi_head, stage)))
-    return components
+        regions = Regions(
+            tuple(stages), bbox2roi([where for where, _ in found]), torch.cat([labels for _, labels in found])
+        )
+    return components + _mask_components(roi_head, features, regions), regions
+
+
+def run_heads_at(detector: TwoStageDetector, features: Sequence[Tensor], regions: Regions) -> list[Component]:
+    """See `run_heads`; at given regions, whatever the detector itself would look at."""
+    roi_head = detector.roi_head
+    components = _rpn_components(detector.rpn_head, *detector.rpn_head(features))
+    for stage, (head, rois) in enumerate(zip(_heads(roi_head.bbox_head), regions.boxes, strict=True)):
+        out = _stage(roi_head, roi_head._bbox_forward, stage, features, rois)
+        components += _box_components(head, out["cls_score"], out["bbox_pred"], rois, _stage_weight(roi_head, stage))
+    return components + (_mask_components(roi_head, features, regions) if roi_head.with_mask else [])
+
+
+def divergence(components: Sequence[Component], full: Sequence[Component]) -> Tensor:
+    """KL divergence of the labels that a detector's heads predict from those in full precision: a scalar, ≥ 0.
+
+    Both are of the same regions. Each kind of output counts as in a detector's loss (`Component.weight`, of `full`).
+    """
+    total = full[0].values.new_zeros(())
+    for ours, wanted in zip(components, full, strict=True):
+        total = total + (wanted.weight.square() * _divergence(wanted.kind, ours.values, wanted.values)).sum()
+    return total
+
+
+def _divergence(kind: str, x: Tensor, full: Tensor) -> Tensor:
+    if kind == "classes":
+        return F.kl_div(x.log_softmax(1), full.log_softmax(1), reduction="none", log_target=True).sum(1, keepdim=True)
+    if kind == "binary":
+        p = full.sigmoid()
+        return p * (F.logsigmoid(full) - F.logsigmoid(x)) + (1 - p) * (F.logsigmoid(-full) - F.logsigmoid(-x))
+    distance = (x - full).abs()  # of two Laplace distributions of scale 1
+    return distance + torch.expm1(-distance)
 
 
 def fixed_answers(detector: TwoStageDetector, features: Sequence[Tensor], size: tuple[int, int]) -> tuple[Tensor, ...]:
@@ -181,6 +235,15 @@ def _heads(module: nn.Module) -> list[nn.Module]:
 
 def _stage(roi_head: nn.Module, forward: object, stage: int, features: Sequence[Tensor], rois: Tensor) -> dict:
     return forward(stage, features, rois) if isinstance(roi_head, CascadeRoIHead) else forward(features, rois)
+
+
+def _mask_components(roi_head: nn.Module, features: Sequence[Tensor], regions: Regions) -> list[Component]:
+    components = []
+    for stage, _ in enumerate(_heads(roi_head.mask_head)):
+        masks = _stage(roi_head, roi_head._mask_forward, stage, features, regions.masks)["mask_preds"]
+        weight = _stage_weight(roi_head, stage)
+        components.append(_mask_component(masks, regions.labels, regions.masks, weight))
+    return components
 
 
 def _stage_weight(roi_head: nn.Module, stage: int) -> float:

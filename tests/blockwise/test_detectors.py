@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ import torch
 from torch import Tensor, nn
 
 import iasvit
+from iasvit.blockwise.heads import learn_heads
 from iasvit.blockwise.initialise import fold, initialise, propagated
 from iasvit.blockwise.teacher import Teacher
 from iasvit.calibration import calibrate_weights, calibration_store
 from iasvit.errors import IasvitError
 from iasvit.models import adapter_for, prepare, segments
 from iasvit.nn import quant_layers
+from iasvit.progress import Progress
 from iasvit.spec import QuantSpec
 from iasvit.transforms import relu_mlps
 from iasvit.unison import Unison
@@ -149,6 +152,28 @@ def test_ranges_of_neck_and_heads_are_searched_and_those_of_blocks_are_not() -> 
                 for is_searched, layer in ((False, a), (True, b)):
                     errors[is_searched] += ((layer(x) - expected).square().mean() / expected.square().mean()).item()
     assert 0 < errors[True] < 0.8 * errors[False]
+
+
+def test_neck_and_heads_learn_to_predict_what_they_predict_in_full_precision() -> None:
+    model, images = tiny_detectors.detector(), three_images()
+    store = calibration_store(images, torch.device("cpu"), None)
+    method = Unison(iterations=0, joint_iterations=0, init_size=3)
+    errors, weights = [], []
+    for iterations in (0, 40):
+        quantized = prepare(model, QuantSpec.parse("W3A3"), method.weight_quantizer, method.activation_quantizer)
+        initialise("propagated", quantized, store, 3, None)
+        settings = replace(method.settings(), iterations=iterations, batch_size=3, lr=1e-3, scale_lr=1e-3)
+        learn_heads(quantized, Teacher(model, store, "unison"), store, settings, Progress(), 0)
+        x: Any = images
+        y: Any = images
+        with torch.no_grad():
+            for full, segment in zip(segments(model)[:-1], segments(quantized)[:-1], strict=True):
+                x, y = segment.run(x), full.run(y)
+            errors.append(adapter_for(model).answer_errors(quantized, x, model, y))
+        weights.append({name: layer.weight.detach().clone() for name, layer in quant_layers(quantized)})
+    assert (errors[1] < 0.8 * errors[0]).all()
+    for name, before in weights[0].items():
+        assert torch.equal(before, weights[1][name]) == name.startswith("backbone."), name
 
 
 def inputs_of(model: nn.Module, images: Tensor) -> dict[str, list[Tensor]]:

@@ -8,7 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from iasvit.models import adapter_for, segments
-from iasvit.models.mmdet_heads import LABEL_SETS, Component, flat, label_scores, run_heads
+from iasvit.models.mmdet_heads import (
+    LABEL_SETS,
+    Component,
+    divergence,
+    find_regions,
+    flat,
+    label_scores,
+    run_heads,
+    run_heads_at,
+)
 
 SIZE = (64, 96)
 
@@ -72,6 +81,46 @@ def test_outputs_of_a_batch_are_those_of_its_images(model: nn.Module) -> None:
     answer = flat(together, 2)
     assert answer.shape[0] == 2
     assert answer.shape[1] >= flat(alone[0], 1).shape[1]
+
+
+@torch.no_grad()
+def test_heads_output_the_same_where_they_would_look_themselves(model: nn.Module) -> None:
+    features = model.extract_feat(torch.cat(tiny_detectors.images(SIZE, SIZE)))
+    wanted, regions = find_regions(model, features, SIZE)
+    found = run_heads_at(model, features, regions)
+    assert len(found) == len(wanted)
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert torch.equal(ours.values, theirs.values)
+        assert torch.equal(ours.image, theirs.image)
+        assert torch.equal(ours.weight, theirs.weight)
+    assert divergence(found, wanted) == 0
+
+
+@torch.no_grad()
+def test_the_likeliest_proposals_are_kept(model: nn.Module) -> None:
+    features = model.extract_feat(torch.cat(tiny_detectors.images(SIZE, SIZE)))
+    _, every = find_regions(model, features, SIZE)
+    _, few = find_regions(model, features, SIZE, 3)
+    for image in range(2):
+        rows, kept = (regions.boxes[0][regions.boxes[0][:, 0] == image] for regions in (every, few))
+        assert len(rows) > 3
+        assert torch.equal(kept, rows[:3])
+
+
+@pytest.mark.parametrize("kind", ["classes", "binary", "offsets"])
+def test_the_divergence_is_that_of_the_predicted_distributions(kind: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    full, ours, weight = (torch.randn(5, n, generator=generator, dtype=torch.float64) for n in (4, 4, 1))
+    distribution = {
+        "classes": lambda x: torch.distributions.Categorical(logits=x),
+        "binary": lambda x: torch.distributions.Bernoulli(logits=x),
+        "offsets": lambda x: torch.distributions.Laplace(x, torch.ones_like(x)),
+    }[kind]
+    kl = torch.distributions.kl_divergence(distribution(full), distribution(ours))
+    expected = (weight.square() * kl.view(5, -1)).sum()
+    image = torch.zeros(5, dtype=torch.int64)
+    found = divergence([Component(ours, image, kind, 7 * weight)], [Component(full, image, kind, weight)])
+    torch.testing.assert_close(found, expected)
 
 
 # ---- scores ----------------------------------------------------------------------------------------------------------
