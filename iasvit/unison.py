@@ -28,7 +28,7 @@ from iasvit.blockwise.output_search import search_bases
 from iasvit.blockwise.teacher import Teacher
 from iasvit.blockwise.transforms import rotated
 from iasvit.calibration import ActivationStore, network_need
-from iasvit.models import Site
+from iasvit.models import Site, segments
 from iasvit.nn import quantizers_of
 from iasvit.options import OneOf, Range
 from iasvit.progress import Progress
@@ -44,6 +44,14 @@ LOSSES: dict[str, Callable[[], Loss]] = {
 }
 
 
+JOINT_BATCH = 32
+
+
+def is_detector(model: nn.Module) -> bool:
+    """Whether a model's last segment, neck and heads, is no part of what is learnt with the blocks."""
+    return not segments(model)[-1].reconstruct
+
+
 @dataclass
 class Unison(BlockReconstruction):
     """Unison: weights and scales learnt straight-through, first block by block, then in all blocks at once.
@@ -53,6 +61,7 @@ class Unison(BlockReconstruction):
     2. Block by block, on inputs of the quantized prefix: weights, biases and all quantizers' scales (zero-points stay).
     3. All blocks at once: answers, features and blocks' outputs against the full-precision model's, on images that are
        cropped, mirrored and mixed at random.
+    4. A detector's neck and heads, by the divergence of what they predict from what they predict in full precision.
 
     Options, besides those of `BlockReconstruction`; rates of scales are of multiples of the first scale:
         softmax: the post-softmax quantizer.
@@ -70,11 +79,13 @@ class Unison(BlockReconstruction):
         relu: ReLU for GELU before; the network is another function then.
         relu_iterations: steps of an MLP; the recipe's where not given.
         joint_iterations: steps of all blocks at once.
-        joint_batch_size, joint_lr, joint_scale_lr: of these; the scale's rate for activations, as for weights.
+        joint_batch_size: images of such a step; where not given 32, or `batch_size` for a detector, whose images are
+            large and may differ in size.
+        joint_lr, joint_scale_lr: rates of these; the scale's rate for activations, as for weights.
         joint_decay: both rates are multiplied by it for each bit beyond 3: finer codes need smaller corrections.
         joint_logits, joint_features, joint_local: weights of what is compared.
-        head_iterations: steps of a detector's neck and heads, after all else (`iasvit.blockwise.heads`); the recipe's
-            of a block where not given.
+        head_iterations: steps of a detector's neck and heads (`iasvit.blockwise.heads`); a block's number where
+            not given.
         crop: least side of a random crop, as a part of the image's; 1 for none.
         flip: mirror half of the images.
         mix: part of the images that are mixed with another.
@@ -100,7 +111,7 @@ class Unison(BlockReconstruction):
     relu: bool = False
     relu_iterations: Annotated[int | None, Range(0)] = None
     joint_iterations: Annotated[int | None, Range(0)] = None
-    joint_batch_size: Annotated[int, Range(1)] = 32
+    joint_batch_size: Annotated[int | None, Range(1)] = None
     joint_lr: Annotated[float, Range(above=0)] = 5e-5
     joint_scale_lr: Annotated[float, Range(0)] = 5e-4
     joint_decay: Annotated[float, Range(above=0, most=1)] = 0.5
@@ -178,15 +189,16 @@ class Unison(BlockReconstruction):
             full_inputs=True,
         )
 
-    def joint_settings(self, n_bits: int = 3) -> Settings:
+    def joint_settings(self, n_bits: int = 3, detector: bool = False) -> Settings:
         """How all blocks are learnt at once; `n_bits`: of most quantizers."""
+        batch_size = self.joint_batch_size or (self.batch_size if detector else JOINT_BATCH)
         settings, slower = self.settings(), self.joint_decay ** max(0, n_bits - 3)
         lr, scale_lr = self.joint_lr * slower, self.joint_scale_lr * slower
         steps = self.joint_steps[self.recipe] if self.joint_iterations is None else self.joint_iterations
         return replace(
             settings,
             iterations=0 if self.adaround else steps,
-            batch_size=self.joint_batch_size,
+            batch_size=batch_size,
             adaround=False,
             lr=lr,
             bias_lr=lr if self.biases else 0.0,
@@ -194,6 +206,12 @@ class Unison(BlockReconstruction):
             weight_scale_lr=scale_lr if self.weight_scale_lr else 0.0,
             norm_lr=lr if self.norm_lr else 0.0,
         )
+
+    def head_settings(self) -> Settings:
+        """How a detector's neck and heads are learnt."""
+        settings = self.settings()
+        steps = settings.iterations if self.head_iterations is None else self.head_iterations
+        return replace(settings, iterations=0 if self.adaround else steps)
 
     def forwards(self, calib_size: int) -> float:
         """See `iasvit.methods.Method`."""
@@ -207,20 +225,23 @@ class Unison(BlockReconstruction):
         return self.relu_model(model, images, progress, self.relu_iterations) if self.relu else model
 
     def need(self, images: ActivationStore) -> Callable[[nn.Module, Tensor], int]:
-        """See `BlockReconstruction`; and a step of all blocks at once."""
-        of_blocks, joint = super().need(images), self.joint_settings()
-        if not joint.iterations:
-            return of_blocks
-        step = min(len(images), joint.batch_size)
-        return lambda model, few: max(of_blocks(model, few), network_need(model, few, step, learn=True))
+        """See `BlockReconstruction`; and a step of all blocks at once, or of a detector's heads."""
+        of_blocks = super().need(images)
+
+        def largest(model: nn.Module, few: Tensor) -> int:
+            detector = is_detector(model)
+            joint = self.joint_settings(detector=detector)
+            steps = [s for s in (joint, self.head_settings() if detector else joint) if s.iterations]
+            sizes = [network_need(model, few, min(len(images), s.batch_size), learn=True) for s in steps]
+            return max([of_blocks(model, few), *sizes])
+
+        return largest
 
     def finish(self, quantized: nn.Module, teacher: Teacher, settings: Settings, progress: Progress) -> None:
         """See `BlockReconstruction`."""
         weights = Weights(self.joint_logits, self.joint_features, self.joint_local)
         augmentation = Augmentation(self.crop, self.flip, self.mix)
-        joint = self.joint_settings(
-            mode(q.n_bits for w in (True, False) for _, q in quantizers_of(quantized, weights=w))
-        )
+        n_bits = mode(q.n_bits for w in (True, False) for _, q in quantizers_of(quantized, weights=w))
+        joint = self.joint_settings(n_bits, is_detector(quantized))
         learn_jointly(quantized, teacher, teacher.images, joint, weights, augmentation, progress, self.seed)
-        steps = settings.iterations if self.head_iterations is None else self.head_iterations
-        learn_heads(quantized, teacher, teacher.images, replace(settings, iterations=steps), progress, self.seed)
+        learn_heads(quantized, teacher, teacher.images, self.head_settings(), progress, self.seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from iasvit.blockwise.core import Settings, groups_of, seed_of
@@ -22,7 +23,7 @@ def learn_heads(
     """Learn weights and scales of the last segment where nothing else does: a detector's neck and heads.
 
     They read what the quantized blocks put out, and are compared with the full-precision model's on its own
-    activations, by `Adapter.answer_errors`: each kind of error over its value on the first batch.
+    activations, by `Adapter.answer_errors`: each kind of error over its value on the first images.
 
     Args:
         quantized: all its quantizers calibrated, its blocks learnt.
@@ -40,20 +41,18 @@ def learn_heads(
     for full, segment in zip(teacher.chain[:-1], chain[:-1], strict=True):
         inputs_fp = inputs_fp.map(full.run, BATCH, f"{full.name} (full precision)")
         inputs_q = inputs_q.map(segment.run, BATCH, segment.name)
-    units: list[Tensor] = []
 
-    def loss(images_: Tensor, step: Tensor) -> Tensor:
-        errors = adapter.answer_errors(quantized, inputs_q.gather(images_), teacher.model, inputs_fp.gather(images_))
-        if not units:
-            units.append(errors.detach().clamp_min(TINY))
-        return (errors / units[0]).sum()
+    def errors(images_: Tensor) -> Tensor:
+        return adapter.answer_errors(quantized, inputs_q.gather(images_), teacher.model, inputs_fp.gather(images_))
 
+    with torch.no_grad():
+        units = errors(torch.arange(min(settings.batch_size, len(images)))).clamp_min(TINY)
     with (
         learning(chain[-1], adaround=False, weight_scales=settings.weight_scale_lr > 0, relative=True) as learnt,
         progress.phase("reconstruction, heads", settings.iterations) as bar,
     ):
         minimise(
-            loss,
+            lambda images_, step: (errors(images_) / units).sum(),
             groups_of(settings, [(chain[-1], learnt)]),
             images=len(images),
             iterations=settings.iterations,

@@ -71,10 +71,12 @@ def test_what_weighs_positions_refuses_images_of_several_sizes_before_it_begins(
         iasvit.quantize(tiny_detectors.detector(), iter(ragged), "W4A4", method, **STEPS)
 
 
-def test_a_loss_through_the_suffix_takes_images_of_several_sizes() -> None:
+@pytest.mark.parametrize("method", ["glf_q", "unison"])
+def test_what_compares_all_blocks_takes_images_of_several_sizes(method: str) -> None:
     ragged = tiny_detectors.images((64, 64), (64, 96), (64, 96))
-    options = {**METHODS["glf_q"], "iterations": 2, "batch_size": 1}
-    quantized = iasvit.quantize(tiny_detectors.detector(), iter(ragged), "W4A4", "glf_q", **options)
+    options = {**METHODS[method], "iterations": 2, "batch_size": 1}
+    options.pop("joint_batch_size", None)
+    quantized = iasvit.quantize(tiny_detectors.detector(), iter(ragged), "W4A4", method, **options)
     assert torch.isfinite(tiny_detectors.predict(quantized, ragged[0]).scores).all()
 
 

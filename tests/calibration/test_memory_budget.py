@@ -59,12 +59,15 @@ def test_results_are_equal_to_the_bit_whatever_the_budget(method: str, family: s
         assert bounded.quantization.options == free.quantization.options
 
 
-@pytest.mark.parametrize("method", ["ias_vit", "ptq4vit"])
+DETECTORS = {"ias_vit": {"batch_size": 1}, "unison": {"batch_size": 1, "joint_batch_size": None, "init_size": 2}}
+
+
+@pytest.mark.parametrize("method", ["ias_vit", "ptq4vit", "unison"])
 def test_a_detector_on_images_of_several_sizes_too(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny_detectors = pytest.importorskip("tiny_detectors")
     monkeypatch.setattr("iasvit.calibration.store.PASS_PIXELS", 2 * 64 * 64)  # so that images come in several passes
     model, images = tiny_detectors.detector(), tiny_detectors.images((64, 64), (64, 64), (64, 64), (64, 96))
-    options = {**OPTIONS[method], "batch_size": 1} if method == "ias_vit" else OPTIONS[method]
+    options = {**OPTIONS[method], **DETECTORS.get(method, {})}
     free = iasvit.quantize(model, images, "W4A4", method, **options)
     with pytest.raises(IasvitError, match=r"needs at least \d+ MiB") as caught:
         iasvit.quantize(model, images, "W4A4", method, memory_budget=1, **options)
