@@ -3,8 +3,12 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 
-typedef int32_t ints __attribute__((vector_size(32)));
+typedef int32_t ints __attribute__((vector_size(64)));
+typedef float floats __attribute__((vector_size(64)));
 enum { WIDTH = sizeof(ints) / sizeof(int32_t) };
 
 static inline float round_trip(float x, float s, float z, float top) {
@@ -62,49 +66,86 @@ void masked(const float *restrict gradient, const uint8_t *restrict inside, int6
     for (int64_t i = 0; i < count; i++) out[i] = gradient[i] * (float)inside[i];
 }
 
-static inline uint32_t bits_of(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof bits);
-    return bits;
-}
-
-// The table's value for the upper bits of each x. Where that is NaN, its lowest bits are a row of `fine`, and the 7 bits
-// of x that follow the upper ones the column; where that is NaN too, the same again for the last 7 bits. Returns
-// whether there are x that have no value there either: theirs is NaN.
-int look_up(const float *restrict x, const float *restrict table, const float *restrict fine, int shift, int64_t count,
-            float *restrict values) {
-    int open = 0;
-    for (int64_t i = 0; i < count; i++) {
-        const uint32_t bits = bits_of(x[i]);
-        float value = table[bits >> shift];
-        if (__builtin_expect(value != value, 0)) {
-            value = fine[(bits_of(value) & 0x3FFFFF) * 128 + (bits >> (shift - 7) & 127)];
-            if (value != value) value = fine[(bits_of(value) & 0x3FFFFF) * 128 + (bits >> (shift - 14) & 127)];
-            open |= value != value;
-        }
-        values[i] = value;
+#ifdef __AVX512F__
+// table[at] for each of WIDTH indices; `size` is a multiple of 32.
+static inline floats pick(const float *table, ints at, int size) {
+    __m512 found = _mm512_permutex2var_ps(_mm512_loadu_ps(table), (__m512i)at, _mm512_loadu_ps(table + 16));
+    for (int from = 32; from < size; from += 32) {
+        const float *part = table + from;
+        const __m512 next = _mm512_permutex2var_ps(_mm512_loadu_ps(part), (__m512i)at, _mm512_loadu_ps(part + 16));
+        found = _mm512_mask_mov_ps(found, _mm512_cmpge_epi32_mask((__m512i)at, _mm512_set1_epi32(from)), next);
     }
-    return open;
+    return (floats)found;
 }
 
-static inline ints steps_of_few(const float *x, const int32_t *first, const int32_t *change, float *values) {
-    ints bits, value = {0};
-    memcpy(&bits, x, sizeof bits);
-    for (int k = 0; k < STEPS; k++) value ^= (bits >= first[k]) & change[k];
-    memcpy(values, &value, sizeof value);
-    return (value & 0x7FFFFFFF) > 0x7F800000;
+// Within [0, top]; 0 for NaN.
+static inline floats cut(floats x, floats top) {
+    return (floats)_mm512_min_ps(_mm512_max_ps((__m512)x, _mm512_setzero_ps()), (__m512)top);
+}
+#else
+static inline floats pick(const float *table, ints at, int size) {
+    floats found;
+    for (int lane = 0; lane < WIDTH; lane++) found[lane] = table[at[lane]];
+    return found;
 }
 
-// For a function of few steps: the bits of a value are the exclusive or of each change[k] whose first[k] is at most the
-// bits of x, as an integer; STEPS of them. Returns whether there are NaN among the values. At least WIDTH values.
-int steps(const float *restrict x, const int32_t *restrict first, const int32_t *restrict change, int64_t count,
-          float *restrict values) {
-    ints nan = {0};
-    for (int64_t i = 0; i + WIDTH <= count; i += WIDTH) nan |= steps_of_few(x + i, first, change, values + i);
-    if (count % WIDTH) nan |= steps_of_few(x + count - WIDTH, first, change, values + count - WIDTH);
+static inline floats cut(floats x, floats top) {
+    for (int lane = 0; lane < WIDTH; lane++) {
+        const float least = x[lane] > 0.0f ? x[lane] : 0.0f;
+        x[lane] = least < top[lane] ? least : top[lane];
+    }
+    return x;
+}
+#endif
+
+typedef struct {
+    const float *thresholds, *values;
+    float shift, limit, below_slope, below, slope, offset, top, least;
+} table;
+
+static inline ints look_up_few(const float *from, const table *t, int is_log, int size, float *to) {
+    const floats zero = {0};
+    floats x, line;
+    memcpy(&x, from, sizeof x);
+    if (is_log) {
+        const floats shifted = x + t->shift;
+        line = __builtin_convertvector((ints)shifted, floats) * t->slope + t->offset;
+    } else {
+        const ints low = x < t->limit, slope = (ints)(zero + t->slope), offset = (ints)(zero + t->offset);
+        const ints below_slope = (ints)(zero + t->below_slope), below = (ints)(zero + t->below);
+        line = x * (floats)((low & below_slope) | (~low & slope)) + (floats)((low & below) | (~low & offset));
+    }
+    ints at = __builtin_convertvector(cut(line, zero + t->top), ints);
+    at -= x >= pick(t->thresholds, at, size); // true is -1
+    const floats value = pick(t->values, at, size);
+    memcpy(to, &value, sizeof value);
+    return ~(x >= t->least);
+}
+
+static inline __attribute__((always_inline)) int look_up_all(const float *x, const table *t, int is_log, int size,
+                                                             int64_t count, float *values) {
+    ints unknown = {0};
+    for (int64_t i = 0; i + WIDTH <= count; i += WIDTH) unknown |= look_up_few(x + i, t, is_log, size, values + i);
+    if (count % WIDTH) unknown |= look_up_few(x + count - WIDTH, t, is_log, size, values + count - WIDTH);
     int any = 0;
-    for (int lane = 0; lane < WIDTH; lane++) any |= nan[lane];
+    for (int lane = 0; lane < WIDTH; lane++) any |= unknown[lane];
     return any;
+}
+
+// A line tells each x, or the bits of x + shift, the index of a value or the one before it: the threshold between both
+// decides. Tables have 32, 64 or 256 entries. Returns whether there are x below `least`, or NaN. At least WIDTH values.
+int look_up(const float *restrict x, const float *thresholds, const float *values_of, float shift, float limit,
+            float below_slope, float below, float slope, float offset, float top, float least, int is_log, int size,
+            int64_t count, float *restrict values) {
+    const table t = {thresholds, values_of, shift, limit, below_slope, below, slope, offset, top, least};
+    if (is_log) {
+        if (size == 32) return look_up_all(x, &t, 1, 32, count, values);
+        if (size == 64) return look_up_all(x, &t, 1, 64, count, values);
+        return look_up_all(x, &t, 1, 256, count, values);
+    }
+    if (size == 32) return look_up_all(x, &t, 0, 32, count, values);
+    if (size == 64) return look_up_all(x, &t, 0, 64, count, values);
+    return look_up_all(x, &t, 0, 256, count, values);
 }
 
 // gradient * (value + shift) / (x + shift) where low <= x + shift <= high and value + shift > 0; elsewhere 0.
