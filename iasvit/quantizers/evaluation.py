@@ -8,6 +8,7 @@ formulas.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from iasvit.quantizers import kernels
 
-LEAST = 2**12  # values; below it the few calls of the formula cost less
+LEAST = 2**15  # values; below it the few calls of the formula cost less
 # A quantizer is several passes, and values that do not fit the cache wait for memory in each. So many do, of a thread.
 PIECE = 2**17
 NEARBY = 64  # floats on either side of a threshold for which the values are compared with those of the formula
@@ -76,7 +77,7 @@ class Steps(NamedTuple):
 def step_function(
     codes_of: Callable[[Tensor], Tensor], values_of: Callable[[Tensor], Tensor], curve: Curve
 ) -> Steps | None:
-    """The steps of values_of(codes_of(x)); None where they are not even along the curve.
+    """The steps of values_of(codes_of(x)); None where they are not even along the curve, or no float32.
 
     Args:
         codes_of: code of each float32; from one float to the next it never turns back. NaN where there is none.
@@ -85,6 +86,8 @@ def step_function(
     """
     low = 0 if codes_of(_floats(torch.tensor([-_LARGEST]))).isnan() else -_LARGEST
     first, last = codes_of(_floats(torch.tensor([low, _LARGEST]))).tolist()
+    if math.isnan(last - first):
+        return None
     codes = torch.linspace(first, last, int(abs(last - first)) + 1)
     below, above = torch.full((len(codes) - 1,), low), torch.full((len(codes) - 1,), _LARGEST)
     while len(below) and (above - below).max() > 1:
@@ -92,6 +95,8 @@ def step_function(
         passed = (codes_of(_floats(middle)) - first).abs() >= (codes[1:] - first).abs()
         below, above = torch.where(passed, below, middle), torch.where(passed, middle, above)
     values = values_of(codes)
+    if values.dtype != torch.float32:  # so are the parameters
+        return None
     changes = values[1:] != values[:-1]
     near = above[:, None] + torch.arange(-NEARBY, NEARBY + 1)
     sweep = torch.linspace(low, _LARGEST, SWEEP, dtype=torch.float64).long()

@@ -7,10 +7,6 @@
 #include <immintrin.h>
 #endif
 
-typedef int32_t ints __attribute__((vector_size(64)));
-typedef float floats __attribute__((vector_size(64)));
-enum { WIDTH = sizeof(ints) / sizeof(int32_t) };
-
 static inline float round_trip(float x, float s, float z, float top) {
     float code = rintf(x / s) + z;
     code = code < 0.0f ? 0.0f : code; // NaN stays NaN
@@ -66,7 +62,16 @@ void masked(const float *restrict gradient, const uint8_t *restrict inside, int6
     for (int64_t i = 0; i < count; i++) out[i] = gradient[i] * (float)inside[i];
 }
 
+typedef struct {
+    const float *thresholds, *values;
+    float shift, limit, below_slope, below, slope, offset, top, least;
+} table;
+
 #ifdef __AVX512F__
+typedef int32_t ints __attribute__((vector_size(64)));
+typedef float floats __attribute__((vector_size(64)));
+enum { WIDTH = sizeof(ints) / sizeof(int32_t) };
+
 // table[at] for each of WIDTH indices; `size` is a multiple of 32.
 static inline floats pick(const float *table, ints at, int size) {
     __m512 found = _mm512_permutex2var_ps(_mm512_loadu_ps(table), (__m512i)at, _mm512_loadu_ps(table + 16));
@@ -82,31 +87,11 @@ static inline floats pick(const float *table, ints at, int size) {
 static inline floats cut(floats x, floats top) {
     return (floats)_mm512_min_ps(_mm512_max_ps((__m512)x, _mm512_setzero_ps()), (__m512)top);
 }
-#else
-static inline floats pick(const float *table, ints at, int size) {
-    floats found;
-    for (int lane = 0; lane < WIDTH; lane++) found[lane] = table[at[lane]];
-    return found;
-}
 
-static inline floats cut(floats x, floats top) {
-    for (int lane = 0; lane < WIDTH; lane++) {
-        const float least = x[lane] > 0.0f ? x[lane] : 0.0f;
-        x[lane] = least < top[lane] ? least : top[lane];
-    }
-    return x;
-}
-#endif
-
-typedef struct {
-    const float *thresholds, *values;
-    float shift, limit, below_slope, below, slope, offset, top, least;
-} table;
-
-static inline ints look_up_few(const float *from, const table *t, int is_log, int size, float *to) {
+// The index of each x, or the one before it.
+static inline ints near(floats x, const table *t, int is_log) {
     const floats zero = {0};
-    floats x, line;
-    memcpy(&x, from, sizeof x);
+    floats line;
     if (is_log) {
         const floats shifted = x + t->shift;
         line = __builtin_convertvector((ints)shifted, floats) * t->slope + t->offset;
@@ -115,25 +100,119 @@ static inline ints look_up_few(const float *from, const table *t, int is_log, in
         const ints below_slope = (ints)(zero + t->below_slope), below = (ints)(zero + t->below);
         line = x * (floats)((low & below_slope) | (~low & slope)) + (floats)((low & below) | (~low & offset));
     }
-    ints at = __builtin_convertvector(cut(line, zero + t->top), ints);
+    return __builtin_convertvector(cut(line, zero + t->top), ints);
+}
+
+static inline ints look_up_few(const float *from, const table *t, int is_log, int size, float *to) {
+    floats x;
+    memcpy(&x, from, sizeof x);
+    ints at = near(x, t, is_log);
     at -= x >= pick(t->thresholds, at, size); // true is -1
     const floats value = pick(t->values, at, size);
     memcpy(to, &value, sizeof value);
     return ~(x >= t->least);
 }
 
+#ifdef __AVX512VBMI__
+// 256 floats, byte by byte: 3 permutations find a byte of 64 of them at once.
+typedef struct {
+    uint8_t of[sizeof(float)][256];
+} planes;
+
+static inline planes planes_of(const float *table) {
+    planes result;
+    for (int i = 0; i < 256; i++)
+        for (size_t byte = 0; byte < sizeof(float); byte++) result.of[byte][i] = ((const uint8_t *)(table + i))[byte];
+    return result;
+}
+
+static inline __m512i pick_bytes(const uint8_t *plane, __m512i at) {
+    const __m512i *part = (const __m512i *)plane;
+    const __m512i low = _mm512_permutex2var_epi8(_mm512_loadu_si512(part), at, _mm512_loadu_si512(part + 1));
+    const __m512i high = _mm512_permutex2var_epi8(_mm512_loadu_si512(part + 2), at, _mm512_loadu_si512(part + 3));
+    return _mm512_mask_blend_epi8(_mm512_movepi8_mask(at), low, high);
+}
+
+static inline void pick_many(const planes *table, const ints at[4], floats found[4]) {
+    const __m512i first = _mm512_packs_epi32((__m512i)at[0], (__m512i)at[1]);
+    const __m512i bytes = _mm512_packus_epi16(first, _mm512_packs_epi32((__m512i)at[2], (__m512i)at[3]));
+    const __m512i a = pick_bytes(table->of[0], bytes), b = pick_bytes(table->of[1], bytes);
+    const __m512i c = pick_bytes(table->of[2], bytes), d = pick_bytes(table->of[3], bytes);
+    const __m512i low[2] = {_mm512_unpacklo_epi8(a, b), _mm512_unpackhi_epi8(a, b)};
+    const __m512i high[2] = {_mm512_unpacklo_epi8(c, d), _mm512_unpackhi_epi8(c, d)};
+    for (int half = 0; half < 2; half++) {
+        found[2 * half] = (floats)_mm512_unpacklo_epi16(low[half], high[half]);
+        found[2 * half + 1] = (floats)_mm512_unpackhi_epi16(low[half], high[half]);
+    }
+}
+
+static inline ints look_up_many(const float *from, const table *t, int is_log, const planes *thresholds,
+                                const planes *values, float *to) {
+    floats x[4], found[4];
+    ints at[4], unknown = {0};
+    memcpy(x, from, sizeof x);
+    for (int i = 0; i < 4; i++) at[i] = near(x[i], t, is_log);
+    pick_many(thresholds, at, found);
+    for (int i = 0; i < 4; i++) at[i] -= x[i] >= found[i], unknown |= ~(x[i] >= t->least);
+    pick_many(values, at, found);
+    memcpy(to, found, sizeof found);
+    return unknown;
+}
+#endif
+
 static inline __attribute__((always_inline)) int look_up_all(const float *x, const table *t, int is_log, int size,
                                                              int64_t count, float *values) {
     ints unknown = {0};
-    for (int64_t i = 0; i + WIDTH <= count; i += WIDTH) unknown |= look_up_few(x + i, t, is_log, size, values + i);
+    int64_t i = 0;
+#ifdef __AVX512VBMI__
+    if (size == 256) {
+        const planes thresholds = planes_of(t->thresholds), of_values = planes_of(t->values);
+        for (; i + 4 * WIDTH <= count; i += 4 * WIDTH)
+            unknown |= look_up_many(x + i, t, is_log, &thresholds, &of_values, values + i);
+    }
+#endif
+    for (; i + WIDTH <= count; i += WIDTH) unknown |= look_up_few(x + i, t, is_log, size, values + i);
     if (count % WIDTH) unknown |= look_up_few(x + count - WIDTH, t, is_log, size, values + count - WIDTH);
     int any = 0;
     for (int lane = 0; lane < WIDTH; lane++) any |= unknown[lane];
     return any;
 }
 
+#else
+static inline __attribute__((always_inline)) int look_up_all(const float *restrict x, const table *t, int is_log, int size,
+                                                             int64_t count, float *restrict values) {
+    enum { PART = 256 };
+    int32_t near[PART];
+    int unknown = 0;
+    (void)size;
+    for (int64_t start = 0; start < count; start += PART) {
+        const int64_t end = start + PART < count ? start + PART : count;
+        for (int64_t i = start; i < end; i++) {
+            const int low = !is_log && x[i] < t->limit;
+            float line = x[i];
+            if (is_log) {
+                const float shifted = x[i] + t->shift;
+                int32_t bits;
+                memcpy(&bits, &shifted, sizeof bits);
+                line = (float)bits;
+            }
+            line = line * (low ? t->below_slope : t->slope) + (low ? t->below : t->offset);
+            line = line > 0.0f ? line : 0.0f; // NaN is 0
+            near[i - start] = (int32_t)(line < t->top ? line : t->top);
+            unknown |= !(x[i] >= t->least);
+        }
+        for (int64_t i = start; i < end; i++) {
+            int64_t at = near[i - start];
+            __asm__("" : "+r"(at)); // no gather, which is slower than loads
+            values[i] = t->values[at + (x[i] >= t->thresholds[at])];
+        }
+    }
+    return unknown;
+}
+#endif
+
 // A line tells each x, or the bits of x + shift, the index of a value or the one before it: the threshold between both
-// decides. Tables have 32, 64 or 256 entries. Returns whether there are x below `least`, or NaN. At least WIDTH values.
+// decides. Tables have 32, 64 or 256 entries. Returns whether there are x below `least`, or NaN. At least 16 values.
 int look_up(const float *restrict x, const float *thresholds, const float *values_of, float shift, float limit,
             float below_slope, float below, float slope, float offset, float top, float least, int is_log, int size,
             int64_t count, float *restrict values) {

@@ -90,7 +90,7 @@ def test_what_is_not_known_is_computed(compiled: bool, n_bits: int, monkeypatch:
         monkeypatch.setattr(kernels, "serve", lambda x: False)
     quantizer = KINDS["sulq"](n_bits)
     quantizer.calibrate(seen_by("sulq"))
-    x = seen_by("sulq", seed=1).flatten().repeat(5)
+    x = seen_by("sulq", seed=1).flatten().repeat(40)
     steps = quantizer._step_function(x)[0]
     assert steps is not None
     where = torch.tensor([0, 100, len(x) - 1])
@@ -104,6 +104,19 @@ def test_what_is_not_known_is_computed(compiled: bool, n_bits: int, monkeypatch:
     values = evaluation.look_up(x, steps, compute)
     assert [rest.isnan().tolist() for rest in given] == [[True, False, True]]
     assert values[where].tolist() == [1.0, 2.0, 3.0]
+
+
+def test_steps_that_are_not_even_or_do_not_ascend_are_left_to_the_formula() -> None:
+    def step_function(
+        codes_of: Callable[[Tensor], Tensor], values_of: Callable[[Tensor], Tensor] = Tensor.clone
+    ) -> evaluation.Steps | None:
+        return evaluation.step_function(codes_of, values_of, evaluation.Curve(log=False))
+
+    assert step_function(lambda x: (x / 0.3).round().clamp(0, 7)) is not None
+    assert step_function(lambda x: (x.clamp(0, 4) ** 4 / 30).round()) is None
+    assert step_function(lambda x: (x.abs() / 0.3).round().clamp(0, 7)) is None
+    assert step_function(lambda x: x * torch.nan) is None
+    assert step_function(lambda x: (x / 0.3).round().clamp(0, 7), Tensor.double) is None
 
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
