@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 SOURCE = Path(__file__).with_name("kernels.c")
 _EXACT = ("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
 FLAGS = ("-O3", "-funroll-loops", "-march=native", *_EXACT, "-shared", "-fPIC")
-SECONDS = 60  # for a translation, which takes a fifth of one
+SECONDS = 60  # for a translation, which takes half of one
 THREADS = 4  # the loops run in one thread, torch's passes in all
 SIZES = (32, 64, 256)  # of the tables that `look_up` takes
 LEAST = 2**10  # values; who has fewer only need not wait for a compiler
