@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from iasvit.quantizers.base import Quantizer
+from iasvit.quantizers.evaluation import Curve
 from iasvit.quantizers.log2 import power_of_two, require_non_negative
 from iasvit.quantizers.pool import Pool
 from iasvit.quantizers.search import ACTIVATION_PERCENTILES, upper_quantiles
@@ -83,6 +84,9 @@ class AdaLogQuantizer(Quantizer):
         table = self._values_with(torch.arange(self.n_levels, device=codes.device), self.scale, self.exponent)
         table = torch.nn.functional.pad(table, (0, 1), value=torch.nan)  # NaN stays NaN
         return table[codes.nan_to_num(self.n_levels).to(torch.int64)]
+
+    def _curve(self) -> Curve:
+        return Curve(log=True, shift=self.shift)
 
     def _ste(self, x: Tensor, values: Tensor) -> Tensor:
         # As log2: x̂ / x with the rounding passed through; 0 where x is clamped and where x̂ = 0.

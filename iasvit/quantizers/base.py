@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from iasvit.errors import IasvitError
 from iasvit.quantizers import kernels
-from iasvit.quantizers.evaluation import PIECE, Cells, cell_table, look_up, pieces, worth_a_table
+from iasvit.quantizers.evaluation import LEAST, PIECE, Curve, Steps, look_up, pieces, step_function
 from iasvit.quantizers.pool import Pool
 
 CONFIG_KEY = "config"
@@ -28,8 +28,8 @@ class Quantizer(nn.Module):
 
     Subclasses name in `parameters_` the buffers that `calibrate` fills, in `integers` those that are int32, in
     `positive` those that are above 0, and in `config` what else rebuilds them. One whose parameters are scalars, and
-    whose codes never turn back from one float to the next on either side of 0, may say so in `monotone`: an evaluation
-    on a CPU then looks values up in a table.
+    whose codes never turn back from one float to the next, may say so in `monotone`: an evaluation on a CPU then looks
+    values up in a table of its thresholds, which are to be about even along `_curve`.
 
     Args:
         n_bits: bits of a code, 2 to 8.
@@ -47,7 +47,7 @@ class Quantizer(nn.Module):
             raise IasvitError(f"n_bits is {n_bits}, but quantizers have 2 to 8 bits")
         self.n_bits = n_bits
         self.enabled = True
-        self._cells: tuple[object, tuple[Cells, tuple[float, float, float] | None]] | None = None
+        self._table: tuple[object, tuple[Steps | None, tuple[float, float, float] | None]] | None = None
         for name in self.parameters_:
             self.register_buffer(name, torch.empty(0))
 
@@ -168,17 +168,25 @@ class Quantizer(nn.Module):
         return self._evaluate_in_order(x)
 
     def _evaluate_in_order(self, x: Tensor) -> Tensor:
-        if self.monotone and worth_a_table(x):
-            return look_up(x, self._table()[0], self._fake_quantize)
-        return _FakeQuantize.apply(x, self)
+        steps = self._step_function(x)[0]
+        return _FakeQuantize.apply(x, self) if steps is None else look_up(x, steps, self._fake_quantize)
 
-    def _table(self) -> tuple[Cells, tuple[float, float, float] | None]:
-        """See `cell_table` and `_log_bounds`; computed again where the parameters have changed."""
+    def _step_function(self, x: Tensor) -> tuple[Steps | None, tuple[float, float, float] | None]:
+        """See `step_function` and `_log_bounds`; computed again where the parameters have changed.
+
+        None where it does not take x, or is no faster than the formula.
+        """
+        if not self.monotone or x.dtype != torch.float32 or x.numel() < LEAST:
+            return None, None
         buffers: dict[str, Any] = self._buffers
         key = self.config(), [buffers[name].item() for name in self.parameters_]
-        if self._cells is None or self._cells[0] != key:
-            self._cells = key, (cell_table(self._codes, self._values), self._log_bounds())
-        return self._cells[1]
+        if self._table is None or self._table[0] != key:
+            self._table = key, (step_function(self._codes, self._values, self._curve()), self._log_bounds())
+        return self._table[1]
+
+    def _curve(self) -> Curve:
+        """Along what the thresholds are about even: as they are, unless a subclass says otherwise."""
+        return Curve(log=False)
 
     def _fused(self, x: Tensor, gradient: bool) -> tuple[Tensor, Tensor | None] | None:
         """_fake_quantize of x, and _ste where that is wanted, to the bit, for an x that `kernels.serve` takes.
@@ -186,10 +194,10 @@ class Quantizer(nn.Module):
         Strides are those of _fake_quantize. No _ste where `_log_bounds` say it, and None at all where there is no
         faster way than _fake_quantize.
         """
-        if not (self.monotone and worth_a_table(x) and x.is_contiguous()):
+        steps, bounds = self._step_function(x)
+        if steps is None or not x.is_contiguous():
             return None
-        table, bounds = self._table()
-        values = look_up(x, table, self._fake_quantize)
+        values = look_up(x, steps, self._fake_quantize)
         return values, self._ste(x, values) if gradient and bounds is None else None
 
     def _log_bounds(self) -> tuple[float, float, float] | None:
@@ -227,8 +235,8 @@ class _FakeQuantize(torch.autograd.Function):
         if kernels.serve(x) and (fused := quantizer._fused(x, needs_grad)) is not None:
             values, ste = fused
             if needs_grad and ste is None:  # a pass that writes it and one that reads it again are saved
-                assert quantizer._cells is not None
-                ctx.quantizer, ctx.bounds = quantizer, quantizer._cells[1][1]
+                assert quantizer._table is not None
+                ctx.quantizer, ctx.bounds = quantizer, quantizer._table[1][1]
                 ctx.save_for_backward(x, values)
             elif needs_grad:
                 ctx.save_for_backward(ste)

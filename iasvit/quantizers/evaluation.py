@@ -1,31 +1,28 @@
 """Fake quantization on a CPU where no gradient is wanted: as few passes over the data as give the very same values.
 
-A quantizer of one scale is a function of one float32 with at most 256 values, constant from one threshold to the next.
-A table over the upper bits of a float32 holds that function, and tables over the next bits those few cells of it that a
-threshold cuts, to the single float. So log2, log-sqrt2, AdaLog, SULQ and both twins cost alike, whatever their
-formulas; at 2 and 3 bits a few comparisons cost even less.
+A quantizer of one scale is a function of one float32 that is constant from one threshold to the next. Where the
+thresholds lie evenly along a curve, one line gives the code of each value, or the code before it; one comparison with
+the threshold between the two decides. So log2, log-sqrt2, AdaLog, SULQ and both twins cost alike, whatever their
+formulas.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from iasvit.quantizers import kernels
 
-FINE = 128  # parts of a cell that a threshold cuts, and floats of a part
-SHIFT = 14  # lower bits of a float32 that a cell leaves out: 512 cells from one power of 2 to the next
-NAN = 0x7FC00000  # its lower bits may be anything
-MARGIN = 64  # floats; log2 of two floats that are neighbours may come in the wrong order, so nearby is cut, too
 LEAST = 2**15  # values; below it the few calls of the formula cost less
-THREADS = 2  # the look-up runs in one; with more than so many the formula, which all share, is as fast
 # A quantizer is several passes, and values that do not fit the cache wait for memory in each. So many do, of a thread.
 PIECE = 2**17
+NEARBY = 64  # floats on either side of a threshold for which the values are compared with those of the formula
+SWEEP = 2**14  # floats of the whole range, likewise
+_NORMAL, _LARGEST = 0x00800000, 0x7F7FFFFF  # the least and the largest of them, as `_floats` counts
 
 
 def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -38,100 +35,147 @@ def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     return zip(*(t.split(max(1, size * rows // t.numel())) for t in tensors), strict=True)
 
 
-class Cells(NamedTuple):
-    """A function of one float32 that is constant but for a few thresholds.
+class Curve(NamedTuple):
+    """Along what a quantizer's thresholds are even.
 
     Attributes:
-        values: of each cell, and NaN where its floats have several: 2^18, float32, at `bits of x >> SHIFT`.
-        fine: rows of FINE values. The lowest bits of a cell's NaN say which row is that of its parts, and those of a
-            part's NaN which row is that of its floats. Row 0, of those that have none, is NaN.
-        first, change: int32, kernels.STEPS entries; none where there are more steps. The function's bits at x are the
-            exclusive or of the `change` of all whose `first` is at most x's bits, as an integer.
+        log: whether along log2(x + shift), by octaves of straight lines, that is the bits of the float x + shift; else
+            along x.
+        shift: see `log`.
+        limit: the steps are of one width below it, and of another from it on.
     """
 
+    log: bool
+    shift: float = 0.0
+    limit: float = -torch.inf
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Where x (float32) lies on the curve: float32."""
+        return (x + self.shift).view(torch.int32).float() if self.log else x
+
+
+class Steps(NamedTuple):
+    """A function of one float32 that is constant from one threshold to the next.
+
+    Attributes:
+        thresholds: float32, ascending, and NaN in place of those that a table of `kernels.SIZES` has more.
+        values: float32, as many: values[k] from thresholds[k - 1] on.
+        curve: on which slope·p + offset, cut to a whole number in [0, top], is k or k - 1 for each x of values[k].
+        lines: (slope, offset) below the curve's limit, and from it on.
+        top: the last number.
+        least: the function is known from it on.
+    """
+
+    thresholds: Tensor
     values: Tensor
-    fine: Tensor
-    first: Tensor
-    change: Tensor
+    curve: Curve
+    lines: tuple[tuple[float, float], tuple[float, float]]
+    top: int
+    least: float
 
 
-def cell_table(codes_of: Callable[[Tensor], Tensor], values_of: Callable[[Tensor], Tensor]) -> Cells:
-    """The values of all floats.
+def step_function(
+    codes_of: Callable[[Tensor], Tensor], values_of: Callable[[Tensor], Tensor], curve: Curve
+) -> Steps | None:
+    """The steps of values_of(codes_of(x)); None where they are not even along the curve, or no float32.
 
     Args:
-        codes_of: code of each float; from one float to the next it never turns back, on either side of 0.
+        codes_of: code of each float32; from one float to the next it never turns back. NaN where there is none.
         values_of: value of each code.
+        curve: along which thresholds are about even: by less than half a step.
     """
-    rows = 1  # row 0 is of NaN
-
-    def constant(first: NDArray[np.uint32], width: int, margin: int) -> tuple[Tensor, NDArray[np.uint32]]:
-        """Values of `width` floats from each of the first on, and the first of those that have several values.
-
-        A value is NaN where there is none, and a NaN that says the row where there are several.
-        """
-        nonlocal rows
-        zero = (first & np.uint32(0x7FFFFFFF)) == 0
-        low, high = np.where(zero, first, first - np.uint32(margin)), first + np.uint32(width - 1 + margin)
-        low_codes, high_codes = (codes_of(torch.from_numpy(bits.view(np.float32))) for bits in (low, high))
-        same = low_codes == high_codes  # NaN is not
-        values = torch.where(same, values_of(torch.where(same, low_codes, 0.0)), torch.nan)
-        where = (~same & ~low_codes.isnan() & ~high_codes.isnan()).nonzero()[:, 0]
-        values.view(torch.int32)[where] = NAN + torch.arange(rows, rows + len(where), dtype=torch.int32)
-        rows += len(where)
-        return values, first[where.numpy()]
-
-    def parts(first: NDArray[np.uint32], width: int) -> NDArray[np.uint32]:
-        """The first of each of FINE parts of `width` floats from each of the first on."""
-        return (first[:, None] + np.arange(FINE, dtype=np.uint32) * np.uint32(width // FINE)).reshape(-1)
-
-    first = np.arange(2 ** (32 - SHIFT), dtype=np.uint32) << np.uint32(SHIFT)
-    values, cut = constant(first, 2**SHIFT, MARGIN)
-    of_parts = parts(cut, 2**SHIFT)
-    fine, cut = constant(of_parts, 2**SHIFT // FINE, MARGIN)
-    of_floats = parts(cut, FINE)
-    exact, _ = constant(of_floats, 1, 0)
-    steps = _steps((first, of_parts, of_floats), (values, fine, exact))
-    return Cells(values, torch.cat([torch.full((FINE,), torch.nan), fine, exact]), *steps)
-
-
-def _steps(first: Sequence[NDArray[np.uint32]], values: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """`first` and `change` of `Cells`, from the first float and the value of each cell, part and float."""
-    begin, bits = np.concatenate(first).view(np.int32), torch.cat(list(values)).view(torch.int32).numpy()
-    known = bits <= NAN  # the NaN of others says where their parts are
-    begin, bits = begin[known], bits[known]
-    order = np.argsort(begin, kind="stable")
-    begin, bits = begin[order], bits[order]
-    change = np.concatenate([bits[:1], bits[1:] ^ bits[:-1]])
-    begin, change = begin[change != 0], change[change != 0]
-    if len(begin) > kernels.STEPS:
-        return torch.empty(0, dtype=torch.int32), torch.empty(0, dtype=torch.int32)
-    more = (0, kernels.STEPS - len(begin))
-    return torch.from_numpy(np.pad(begin, more)), torch.from_numpy(np.pad(change, more))
+    low = 0 if codes_of(_floats(torch.tensor([-_LARGEST]))).isnan() else -_LARGEST
+    first, last = codes_of(_floats(torch.tensor([low, _LARGEST]))).tolist()
+    if math.isnan(last - first):
+        return None
+    codes = torch.linspace(first, last, int(abs(last - first)) + 1)
+    below, above = torch.full((len(codes) - 1,), low), torch.full((len(codes) - 1,), _LARGEST)
+    while len(below) and (above - below).max() > 1:
+        middle = (below + above).div(2, rounding_mode="floor")
+        passed = (codes_of(_floats(middle)) - first).abs() >= (codes[1:] - first).abs()
+        below, above = torch.where(passed, below, middle), torch.where(passed, middle, above)
+    values = values_of(codes)
+    if values.dtype != torch.float32:  # so are the parameters
+        return None
+    changes = values[1:] != values[:-1]
+    near = above[:, None] + torch.arange(-NEARBY, NEARBY + 1)
+    sweep = torch.linspace(low, _LARGEST, SWEEP, dtype=torch.float64).long()
+    x = _floats(torch.cat([sweep, near.flatten()]).clamp_(low, _LARGEST))
+    expected = values_of(codes_of(x))
+    # Where codes share values only the changes of these may be even, and below _NORMAL octaves are no octaves.
+    for some, start in ((changes | True, low), (changes, low), (changes, low or _NORMAL)):
+        kept = some & (above > start)
+        levels = torch.cat([values[:-1][kept], values[-1:]])
+        if len(levels) > kernels.SIZES[-1]:
+            continue
+        steps = _along(curve, above[kept], levels, -torch.inf if start < 0 else _floats(torch.tensor(start)).item())
+        known = x >= steps.least
+        if torch.equal(look_up(x[known], steps, lambda rest: rest), expected[known]):
+            return steps
+    return None
 
 
-def worth_a_table(x: Tensor) -> bool:
-    """Whether `look_up` takes x, and is faster than a formula."""
-    return x.dtype == torch.float32 and x.numel() >= LEAST and torch.get_num_threads() <= THREADS
+def _floats(numbers: Tensor) -> Tensor:
+    """The floats that integers count, int64 → float32: 0 is 0, and n + 1 the next above n."""
+    return torch.where(numbers >= 0, numbers, -(2**31) - numbers).to(torch.int32).view(torch.float32)
 
 
-def look_up(x: Tensor, table: Cells, compute: Callable[[Tensor], Tensor]) -> Tensor:
-    """Values of a table for x (float32, any shape), and what `compute` gives for those x whose cell has none.
+def _along(curve: Curve, numbers: Tensor, values: Tensor, least: float) -> Steps:
+    """Steps at the floats of these numbers, with the lines that fit best."""
+    thresholds, count = _floats(numbers), len(numbers)
+    size = next(size for size in kernels.SIZES if size > count)
+    # From threshold k on, counted from 0, the line is to be k at least, and less than k + 1 at the float before it.
+    ends = torch.stack([thresholds, _floats(numbers - 1)])
+    wanted = torch.stack([torch.searchsorted(numbers, numbers, right=True) - 1, torch.searchsorted(numbers, numbers)])
+    parts = (thresholds < curve.limit, 0), (thresholds > curve.limit, count)
+    lines = [_line(curve(ends[:, part]).double(), wanted[:, part] + 0.5, flat) for part, flat in parts]
+    more = size - count
+    return Steps(
+        torch.nn.functional.pad(thresholds, (0, more), value=torch.nan),
+        torch.cat([values, values[-1:].expand(more - 1)]),
+        curve,
+        (lines[0], lines[1]),
+        max(count - 1, 0),
+        least,
+    )
 
-    Only the loop in C looks at parts of cells.
-    """
+
+def _line(p: Tensor, wanted: Tensor, flat: float) -> tuple[float, float]:
+    """Slope and offset of the line through (p, wanted), by least squares, moved to the middle of where it may lie."""
+    if not p.numel():
+        return 0.0, flat
+    alone = wanted[0] == wanted[1]  # several thresholds that share a float lie elsewhere
+    some_p, some_wanted = p[:, alone], wanted[:, alone]
+    centred = some_p - some_p.mean()
+    slope = ((centred * some_wanted).sum() / centred.square().sum()).nan_to_num(0.0)
+    least, most = wanted - slope * p
+    return slope.item(), ((least.amax() + most.amin()) / 2).item()
+
+
+def look_up(x: Tensor, steps: Steps, compute: Callable[[Tensor], Tensor]) -> Tensor:
+    """Values of the steps for x (float32, any shape), and what `compute` gives for those x that the steps leave out."""
     x = x.contiguous()
     if kernels.serve(x):
-        return kernels.look_up(x, table, SHIFT, compute)
-    values = torch.empty_like(x)
-    cells = torch.empty(min(PIECE, x.numel()), dtype=torch.int32)
-    open_, start = [], 0
-    for source, target in zip(x.view(-1).split(PIECE), values.view(-1).split(PIECE), strict=True):
-        cell = cells[: len(source)]
-        np.right_shift(source.numpy().view(np.uint32), SHIFT, out=cell.numpy().view(np.uint32))
-        torch.index_select(table.values, 0, cell, out=target)
-        open_.append(np.flatnonzero(np.isnan(target.numpy())) + start)
-        start += len(source)
-    where = torch.from_numpy(np.concatenate(open_))
-    if len(where):
-        values.view(-1)[where] = compute(x.view(-1)[where])
+        values, known = kernels.look_up(x, steps)
+    else:
+        values = torch.empty_like(x)
+        for source, target in pieces(x, values):
+            _look_up(source, steps, target)
+        known = False
+    if not known:
+        where = ~(x >= steps.least)
+        if where.any():
+            values[where] = compute(x[where])
     return values
+
+
+def _look_up(x: Tensor, steps: Steps, out: Tensor) -> None:
+    """What the loop in C computes, by torch's operators."""
+    (slope_below, below), (slope, offset) = steps.lines
+    p = steps.curve(x)
+    line = p.mul(slope).add_(offset)
+    if steps.curve.limit > -torch.inf:
+        line = torch.where(x < steps.curve.limit, p.mul(slope_below).add_(below), line)
+    at = line.clamp_(0, steps.top).nan_to_num_(0.0).to(torch.int32).view(-1)
+    at += x.view(-1) >= steps.thresholds.index_select(0, at)
+    torch.index_select(steps.values, 0, at, out=out.view(-1))

@@ -3,9 +3,9 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
-
-typedef int32_t ints __attribute__((vector_size(32)));
-enum { WIDTH = sizeof(ints) / sizeof(int32_t) };
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 
 static inline float round_trip(float x, float s, float z, float top) {
     float code = rintf(x / s) + z;
@@ -62,49 +62,169 @@ void masked(const float *restrict gradient, const uint8_t *restrict inside, int6
     for (int64_t i = 0; i < count; i++) out[i] = gradient[i] * (float)inside[i];
 }
 
-static inline uint32_t bits_of(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof bits);
-    return bits;
-}
+typedef struct {
+    const float *thresholds, *values;
+    float shift, limit, below_slope, below, slope, offset, top, least;
+} table;
 
-// The table's value for the upper bits of each x. Where that is NaN, its lowest bits are a row of `fine`, and the 7 bits
-// of x that follow the upper ones the column; where that is NaN too, the same again for the last 7 bits. Returns
-// whether there are x that have no value there either: theirs is NaN.
-int look_up(const float *restrict x, const float *restrict table, const float *restrict fine, int shift, int64_t count,
-            float *restrict values) {
-    int open = 0;
-    for (int64_t i = 0; i < count; i++) {
-        const uint32_t bits = bits_of(x[i]);
-        float value = table[bits >> shift];
-        if (__builtin_expect(value != value, 0)) {
-            value = fine[(bits_of(value) & 0x3FFFFF) * 128 + (bits >> (shift - 7) & 127)];
-            if (value != value) value = fine[(bits_of(value) & 0x3FFFFF) * 128 + (bits >> (shift - 14) & 127)];
-            open |= value != value;
-        }
-        values[i] = value;
+#ifdef __AVX512F__
+typedef int32_t ints __attribute__((vector_size(64)));
+typedef float floats __attribute__((vector_size(64)));
+enum { WIDTH = sizeof(ints) / sizeof(int32_t) };
+
+// table[at] for each of WIDTH indices; `size` is a multiple of 32.
+static inline floats pick(const float *table, ints at, int size) {
+    __m512 found = _mm512_permutex2var_ps(_mm512_loadu_ps(table), (__m512i)at, _mm512_loadu_ps(table + 16));
+    for (int from = 32; from < size; from += 32) {
+        const float *part = table + from;
+        const __m512 next = _mm512_permutex2var_ps(_mm512_loadu_ps(part), (__m512i)at, _mm512_loadu_ps(part + 16));
+        found = _mm512_mask_mov_ps(found, _mm512_cmpge_epi32_mask((__m512i)at, _mm512_set1_epi32(from)), next);
     }
-    return open;
+    return (floats)found;
 }
 
-static inline ints steps_of_few(const float *x, const int32_t *first, const int32_t *change, float *values) {
-    ints bits, value = {0};
-    memcpy(&bits, x, sizeof bits);
-    for (int k = 0; k < STEPS; k++) value ^= (bits >= first[k]) & change[k];
-    memcpy(values, &value, sizeof value);
-    return (value & 0x7FFFFFFF) > 0x7F800000;
+// Within [0, top]; 0 for NaN.
+static inline floats cut(floats x, floats top) {
+    return (floats)_mm512_min_ps(_mm512_max_ps((__m512)x, _mm512_setzero_ps()), (__m512)top);
 }
 
-// For a function of few steps: the bits of a value are the exclusive or of each change[k] whose first[k] is at most the
-// bits of x, as an integer; STEPS of them. Returns whether there are NaN among the values. At least WIDTH values.
-int steps(const float *restrict x, const int32_t *restrict first, const int32_t *restrict change, int64_t count,
-          float *restrict values) {
-    ints nan = {0};
-    for (int64_t i = 0; i + WIDTH <= count; i += WIDTH) nan |= steps_of_few(x + i, first, change, values + i);
-    if (count % WIDTH) nan |= steps_of_few(x + count - WIDTH, first, change, values + count - WIDTH);
+// The index of each x, or the one before it.
+static inline ints near(floats x, const table *t, int is_log) {
+    const floats zero = {0};
+    floats line;
+    if (is_log) {
+        const floats shifted = x + t->shift;
+        line = __builtin_convertvector((ints)shifted, floats) * t->slope + t->offset;
+    } else {
+        const ints low = x < t->limit, slope = (ints)(zero + t->slope), offset = (ints)(zero + t->offset);
+        const ints below_slope = (ints)(zero + t->below_slope), below = (ints)(zero + t->below);
+        line = x * (floats)((low & below_slope) | (~low & slope)) + (floats)((low & below) | (~low & offset));
+    }
+    return __builtin_convertvector(cut(line, zero + t->top), ints);
+}
+
+static inline ints look_up_few(const float *from, const table *t, int is_log, int size, float *to) {
+    floats x;
+    memcpy(&x, from, sizeof x);
+    ints at = near(x, t, is_log);
+    at -= x >= pick(t->thresholds, at, size); // true is -1
+    const floats value = pick(t->values, at, size);
+    memcpy(to, &value, sizeof value);
+    return ~(x >= t->least);
+}
+
+#ifdef __AVX512VBMI__
+// 256 floats, byte by byte: 3 permutations find a byte of 64 of them at once.
+typedef struct {
+    uint8_t of[sizeof(float)][256];
+} planes;
+
+static inline planes planes_of(const float *table) {
+    planes result;
+    for (int i = 0; i < 256; i++)
+        for (size_t byte = 0; byte < sizeof(float); byte++) result.of[byte][i] = ((const uint8_t *)(table + i))[byte];
+    return result;
+}
+
+static inline __m512i pick_bytes(const uint8_t *plane, __m512i at) {
+    const __m512i *part = (const __m512i *)plane;
+    const __m512i low = _mm512_permutex2var_epi8(_mm512_loadu_si512(part), at, _mm512_loadu_si512(part + 1));
+    const __m512i high = _mm512_permutex2var_epi8(_mm512_loadu_si512(part + 2), at, _mm512_loadu_si512(part + 3));
+    return _mm512_mask_blend_epi8(_mm512_movepi8_mask(at), low, high);
+}
+
+static inline void pick_many(const planes *table, const ints at[4], floats found[4]) {
+    const __m512i first = _mm512_packs_epi32((__m512i)at[0], (__m512i)at[1]);
+    const __m512i bytes = _mm512_packus_epi16(first, _mm512_packs_epi32((__m512i)at[2], (__m512i)at[3]));
+    const __m512i a = pick_bytes(table->of[0], bytes), b = pick_bytes(table->of[1], bytes);
+    const __m512i c = pick_bytes(table->of[2], bytes), d = pick_bytes(table->of[3], bytes);
+    const __m512i low[2] = {_mm512_unpacklo_epi8(a, b), _mm512_unpackhi_epi8(a, b)};
+    const __m512i high[2] = {_mm512_unpacklo_epi8(c, d), _mm512_unpackhi_epi8(c, d)};
+    for (int half = 0; half < 2; half++) {
+        found[2 * half] = (floats)_mm512_unpacklo_epi16(low[half], high[half]);
+        found[2 * half + 1] = (floats)_mm512_unpackhi_epi16(low[half], high[half]);
+    }
+}
+
+static inline ints look_up_many(const float *from, const table *t, int is_log, const planes *thresholds,
+                                const planes *values, float *to) {
+    floats x[4], found[4];
+    ints at[4], unknown = {0};
+    memcpy(x, from, sizeof x);
+    for (int i = 0; i < 4; i++) at[i] = near(x[i], t, is_log);
+    pick_many(thresholds, at, found);
+    for (int i = 0; i < 4; i++) at[i] -= x[i] >= found[i], unknown |= ~(x[i] >= t->least);
+    pick_many(values, at, found);
+    memcpy(to, found, sizeof found);
+    return unknown;
+}
+#endif
+
+static inline __attribute__((always_inline)) int look_up_all(const float *x, const table *t, int is_log, int size,
+                                                             int64_t count, float *values) {
+    ints unknown = {0};
+    int64_t i = 0;
+#ifdef __AVX512VBMI__
+    if (size == 256) {
+        const planes thresholds = planes_of(t->thresholds), of_values = planes_of(t->values);
+        for (; i + 4 * WIDTH <= count; i += 4 * WIDTH)
+            unknown |= look_up_many(x + i, t, is_log, &thresholds, &of_values, values + i);
+    }
+#endif
+    for (; i + WIDTH <= count; i += WIDTH) unknown |= look_up_few(x + i, t, is_log, size, values + i);
+    if (count % WIDTH) unknown |= look_up_few(x + count - WIDTH, t, is_log, size, values + count - WIDTH);
     int any = 0;
-    for (int lane = 0; lane < WIDTH; lane++) any |= nan[lane];
+    for (int lane = 0; lane < WIDTH; lane++) any |= unknown[lane];
     return any;
+}
+
+#else
+static inline __attribute__((always_inline)) int look_up_all(const float *restrict x, const table *t, int is_log, int size,
+                                                             int64_t count, float *restrict values) {
+    enum { PART = 256 };
+    int32_t near[PART];
+    int unknown = 0;
+    (void)size;
+    for (int64_t start = 0; start < count; start += PART) {
+        const int64_t end = start + PART < count ? start + PART : count;
+        for (int64_t i = start; i < end; i++) {
+            const int low = !is_log && x[i] < t->limit;
+            float line = x[i];
+            if (is_log) {
+                const float shifted = x[i] + t->shift;
+                int32_t bits;
+                memcpy(&bits, &shifted, sizeof bits);
+                line = (float)bits;
+            }
+            line = line * (low ? t->below_slope : t->slope) + (low ? t->below : t->offset);
+            line = line > 0.0f ? line : 0.0f; // NaN is 0
+            near[i - start] = (int32_t)(line < t->top ? line : t->top);
+            unknown |= !(x[i] >= t->least);
+        }
+        for (int64_t i = start; i < end; i++) {
+            int64_t at = near[i - start];
+            __asm__("" : "+r"(at)); // no gather, which is slower than loads
+            values[i] = t->values[at + (x[i] >= t->thresholds[at])];
+        }
+    }
+    return unknown;
+}
+#endif
+
+// A line tells each x, or the bits of x + shift, the index of a value or the one before it: the threshold between both
+// decides. Tables have 32, 64 or 256 entries. Returns whether there are x below `least`, or NaN. At least 16 values.
+int look_up(const float *restrict x, const float *thresholds, const float *values_of, float shift, float limit,
+            float below_slope, float below, float slope, float offset, float top, float least, int is_log, int size,
+            int64_t count, float *restrict values) {
+    const table t = {thresholds, values_of, shift, limit, below_slope, below, slope, offset, top, least};
+    if (is_log) {
+        if (size == 32) return look_up_all(x, &t, 1, 32, count, values);
+        if (size == 64) return look_up_all(x, &t, 1, 64, count, values);
+        return look_up_all(x, &t, 1, 256, count, values);
+    }
+    if (size == 32) return look_up_all(x, &t, 0, 32, count, values);
+    if (size == 64) return look_up_all(x, &t, 0, 64, count, values);
+    return look_up_all(x, &t, 0, 256, count, values);
 }
 
 // gradient * (value + shift) / (x + shift) where low <= x + shift <= high and value + shift > 0; elsewhere 0.

@@ -12,20 +12,23 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+if TYPE_CHECKING:
+    from iasvit.quantizers.evaluation import Steps
+
 SOURCE = Path(__file__).with_name("kernels.c")
 _EXACT = ("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
 FLAGS = ("-O3", "-funroll-loops", "-march=native", *_EXACT, "-shared", "-fPIC")
-SECONDS = 60  # for a translation, which takes a fifth of one
+SECONDS = 60  # for a translation, which takes half of one
 THREADS = 4  # the loops run in one thread, torch's passes in all
-STEPS = 12  # values of a function for which comparisons are faster than a table
+SIZES = (32, 64, 256)  # of the tables that `look_up` takes
 LEAST = 2**10  # values; who has fewer only need not wait for a compiler
 
 _POINTER, _COUNT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
@@ -33,8 +36,7 @@ _ARGUMENTS = {
     "uniform_runs": [*[_POINTER] * 3, _FLOAT, *[_COUNT] * 3, *[_POINTER] * 2],
     "uniform_columns": [*[_POINTER] * 3, _FLOAT, *[_COUNT] * 2, *[_POINTER] * 2],
     "masked": [*[_POINTER] * 2, _COUNT, _POINTER],
-    "look_up": [*[_POINTER] * 3, ctypes.c_int, _COUNT, _POINTER],
-    "steps": [*[_POINTER] * 3, _COUNT, _POINTER],
+    "look_up": [*[_POINTER] * 3, *[_FLOAT] * 8, *[ctypes.c_int] * 2, _COUNT, _POINTER],
     "log_gradient": [*[_POINTER] * 3, *[_FLOAT] * 3, _COUNT, _POINTER],
 }
 
@@ -60,14 +62,14 @@ def library() -> ctypes.CDLL | None:
     try:
         with tempfile.TemporaryDirectory(prefix="iasvit-kernels-") as folder:
             file = Path(folder) / "kernels.so"
-            command = [compiler, *FLAGS, f"-DSTEPS={STEPS}", "-o", str(file), str(SOURCE), "-lm"]
+            command = [compiler, *FLAGS, "-o", str(file), str(SOURCE), "-lm"]
             subprocess.run(command, check=True, capture_output=True, timeout=SECONDS)
             loaded = ctypes.CDLL(str(file))
     except (OSError, subprocess.SubprocessError):
         return None
     for name, arguments in _ARGUMENTS.items():
         function = getattr(loaded, name)
-        function.argtypes, function.restype = arguments, ctypes.c_int if name in ("look_up", "steps") else None
+        function.argtypes, function.restype = arguments, ctypes.c_int if name == "look_up" else None
     return loaded if _is_exact(loaded) else None
 
 
@@ -136,24 +138,15 @@ def masked(gradient: Tensor, inside: Tensor) -> Tensor | None:
     return out
 
 
-def look_up(x: Tensor, tables: tuple[Tensor, ...], shift: int, compute: Callable[[Tensor], Tensor]) -> Tensor:
-    """The value that `iasvit.quantizers.evaluation.Cells` has for each x, and where it has none what `compute` gives.
-
-    x is contiguous.
-    """
+def look_up(x: Tensor, steps: Steps) -> tuple[Tensor, bool]:
+    """The values of the steps for x, which is contiguous, and whether all x are at least `steps.least`."""
     loaded = library()
     assert loaded is not None
-    table, fine, first, change = tables
     values = torch.empty_like(x)
-    ends = (x.numel(), values.data_ptr())
-    if len(first):
-        open_ = loaded.steps(x.data_ptr(), first.data_ptr(), change.data_ptr(), *ends)
-    else:
-        open_ = loaded.look_up(x.data_ptr(), table.data_ptr(), fine.data_ptr(), shift, *ends)
-    if open_:
-        where = values.isnan()
-        values[where] = compute(x[where])
-    return values
+    curve, numbers = steps.curve, (*steps.lines[0], *steps.lines[1], float(steps.top), steps.least)
+    given = (x.data_ptr(), steps.thresholds.data_ptr(), steps.values.data_ptr(), curve.shift, curve.limit, *numbers)
+    unknown = loaded.look_up(*given, curve.log, len(steps.values), x.numel(), values.data_ptr())
+    return values, not unknown
 
 
 def log_gradient(gradient: Tensor, x: Tensor, values: Tensor, shift: float, low: float, high: float) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from iasvit.quantizers.base import Quantizer
+from iasvit.quantizers.evaluation import Curve
 from iasvit.quantizers.log2 import require_non_negative, rounded_power_of_two_
 from iasvit.quantizers.pool import Pool
 from iasvit.quantizers.search import best_candidate
@@ -80,6 +81,9 @@ class SULQuantizer(Quantizer):
 
     def _fake_quantize(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         return self._fake_quantize_with(x, self.shift, self.scale, self.zero_point, out)
+
+    def _curve(self) -> Curve:
+        return Curve(log=True, shift=self.shift.item())
 
     def _ste(self, x: Tensor, values: Tensor) -> Tensor:
         # With both roundings passed through, dx̂/dx = 2^-ŷ / (x + η). A value beyond the range seen in calibration is

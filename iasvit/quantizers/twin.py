@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from iasvit.quantizers.base import Quantizer
+from iasvit.quantizers.evaluation import Curve
 from iasvit.quantizers.log2 import power_of_two
 from iasvit.quantizers.pool import Pool
 from iasvit.quantizers.search import best_candidate
@@ -101,6 +102,9 @@ class TwinSoftmaxQuantizer(TwinQuantizer):
     def _steps(self, x: Tensor, fine: Tensor, coarse: Tensor) -> Tensor:
         return torch.where(x < fine * self.half, fine, coarse)
 
+    def _curve(self) -> Curve:
+        return Curve(log=False, limit=(self._fine * self.half).item())
+
     def _codes(self, x: Tensor) -> Tensor:
         low = x < self._fine * self.half
         counts = (x / torch.where(low, self._fine, self.scale)).round_().clamp_(0, self.half - 1)
@@ -147,6 +151,9 @@ class TwinGELUQuantizer(TwinQuantizer):
 
     def _steps(self, x: Tensor, fine: Tensor, coarse: Tensor) -> Tensor:
         return torch.where(x < 0, fine, coarse)
+
+    def _curve(self) -> Curve:
+        return Curve(log=False, limit=0.0)
 
     def _codes(self, x: Tensor) -> Tensor:
         counts = (x / self._steps(x, self._fine, self.scale)).round_()

@@ -74,7 +74,7 @@ def paired(benchmark: BenchmarkFixture, work: Callable[[], Any], plain: Callable
 
 
 @pytest.mark.benchmark(group="evaluation against full precision")
-@pytest.mark.parametrize("bits", ["W3A3", "W4A4", "W6A6"])
+@pytest.mark.parametrize("bits", ["W3A3", "W4A4", "W6A6", "W8A8"])
 @pytest.mark.parametrize("method", ["minmax", "rtn", "base_ptq", "ptq4vit", "repq_vit", "gptq", "adalog", "ias_vit"])
 def test_evaluation(benchmark: BenchmarkFixture, method: str, bits: str) -> None:
     if (method, bits) != ("ias_vit", "W3A3") and not benchmark.enabled:

@@ -62,43 +62,61 @@ def test_values_and_gradients_around_every_threshold(kind: str, n_bits: int, mon
 
 
 @needs_compiler
-@pytest.mark.parametrize("n_bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("n_bits", range(2, 9))
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if KINDS[kind](2).monotone])
-def test_tables_and_comparisons_know_every_value(kind: str, n_bits: int) -> None:
+def test_steps_know_every_value(kind: str, n_bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     quantizer = KINDS[kind](n_bits)
     quantizer.calibrate(seen_by(kind))
-    cells = quantizer._table()[0]
-    assert len(cells.first) == kernels.STEPS or n_bits > 3  # few values: these are compared, others looked up
-    assert not len(cells.first) or n_bits < 8
-    x = hard_values(kind, quantizer).clamp(-1e38, 1e38)
+    x = hard_values(kind, quantizer)
+    steps = quantizer._step_function(x)[0]
+    assert steps is not None
+    assert steps.least <= 2.0**-126
+    x = x[x >= steps.least]
     expected = quantizer.decode(quantizer.encode(x))
 
     def compute(rest: Tensor) -> Tensor:
         raise AssertionError(f"{rest} are not known")
 
-    looked_up = cells._replace(first=cells.first[:0])
-    for count in range(len(x) - 9, len(x) + 1):  # whatever the width of a vector
-        for table in (cells, looked_up):
-            assert same_bits(kernels.look_up(x[:count], table, evaluation.SHIFT, compute), expected[:count])
+    for count in range(len(x) - 17, len(x) + 1):  # whatever the width of a vector
+        assert same_bits(evaluation.look_up(x[:count], steps, compute), expected[:count])
+    monkeypatch.setattr(kernels, "serve", lambda x: False)
+    assert same_bits(evaluation.look_up(x, steps, compute), expected)
 
 
-@needs_compiler
 @pytest.mark.parametrize("n_bits", [3, 8])
-def test_what_is_not_known_is_computed(n_bits: int) -> None:
+@pytest.mark.parametrize("compiled", [pytest.param(True, marks=needs_compiler), False])
+def test_what_is_not_known_is_computed(compiled: bool, n_bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not compiled:
+        monkeypatch.setattr(kernels, "serve", lambda x: False)
     quantizer = KINDS["sulq"](n_bits)
     quantizer.calibrate(seen_by("sulq"))
-    x = seen_by("sulq", seed=1).flatten().repeat(3)
+    x = seen_by("sulq", seed=1).flatten().repeat(40)
+    steps = quantizer._step_function(x)[0]
+    assert steps is not None
     where = torch.tensor([0, 100, len(x) - 1])
-    x[where] = torch.tensor([torch.nan, torch.inf, torch.nan])
+    x[where] = torch.tensor([torch.nan, -1.0, torch.nan])
     given: list[Tensor] = []
 
     def compute(rest: Tensor) -> Tensor:
         given.append(rest)
         return torch.tensor([1.0, 2.0, 3.0])
 
-    values = kernels.look_up(x, quantizer._table()[0], evaluation.SHIFT, compute)
+    values = evaluation.look_up(x, steps, compute)
     assert [rest.isnan().tolist() for rest in given] == [[True, False, True]]
     assert values[where].tolist() == [1.0, 2.0, 3.0]
+
+
+def test_steps_that_are_not_even_or_do_not_ascend_are_left_to_the_formula() -> None:
+    def step_function(
+        codes_of: Callable[[Tensor], Tensor], values_of: Callable[[Tensor], Tensor] = Tensor.clone
+    ) -> evaluation.Steps | None:
+        return evaluation.step_function(codes_of, values_of, evaluation.Curve(log=False))
+
+    assert step_function(lambda x: (x / 0.3).round().clamp(0, 7)) is not None
+    assert step_function(lambda x: (x.clamp(0, 4) ** 4 / 30).round()) is None
+    assert step_function(lambda x: (x.abs() / 0.3).round().clamp(0, 7)) is None
+    assert step_function(lambda x: x * torch.nan) is None
+    assert step_function(lambda x: (x / 0.3).round().clamp(0, 7), Tensor.double) is None
 
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
