@@ -1,4 +1,4 @@
-"""This suite's own method: the best of what the others have, block by block and then all blocks at once."""
+"""This suite's own method: the best of what the others have, block by block, all blocks at once, a detector's heads."""
 
 from __future__ import annotations
 

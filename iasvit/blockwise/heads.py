@@ -34,7 +34,7 @@ def learn_heads(
         seed: of what is drawn.
     """
     chain, adapter = segments(quantized), adapter_for(quantized)
-    if chain[-1].reconstruct or settings.iterations < 1:
+    if chain[-1].reconstruct or not chain[-1].layers() or settings.iterations < 1:
         return
     inputs_fp: Store = images
     inputs_q: Store = images
