@@ -3,7 +3,12 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
-#ifdef __AVX512F__
+#if defined(__AVX512F__)
+#define VECTOR 64 // bytes
+#elif defined(__AVX2__)
+#define VECTOR 32
+#endif
+#ifdef VECTOR
 #include <immintrin.h>
 #endif
 
@@ -67,11 +72,42 @@ typedef struct {
     float shift, limit, below_slope, below, slope, offset, top, least;
 } table;
 
-#ifdef __AVX512F__
-typedef int32_t ints __attribute__((vector_size(64)));
-typedef float floats __attribute__((vector_size(64)));
+static inline __attribute__((always_inline)) int look_up_plain(const float *restrict x, const table *t, int is_log,
+                                                               int64_t count, float *restrict values) {
+    enum { PART = 256 };
+    int32_t near[PART];
+    int unknown = 0;
+    for (int64_t start = 0; start < count; start += PART) {
+        const int64_t end = start + PART < count ? start + PART : count;
+        for (int64_t i = start; i < end; i++) {
+            const int low = !is_log && x[i] < t->limit;
+            float line = x[i];
+            if (is_log) {
+                const float shifted = x[i] + t->shift;
+                int32_t bits;
+                memcpy(&bits, &shifted, sizeof bits);
+                line = (float)bits;
+            }
+            line = line * (low ? t->below_slope : t->slope) + (low ? t->below : t->offset);
+            line = line > 0.0f ? line : 0.0f; // NaN is 0
+            near[i - start] = (int32_t)(line < t->top ? line : t->top);
+            unknown |= !(x[i] >= t->least);
+        }
+        for (int64_t i = start; i < end; i++) {
+            int64_t at = near[i - start];
+            __asm__("" : "+r"(at)); // no gather, which is slower than loads
+            values[i] = t->values[at + (x[i] >= t->thresholds[at])];
+        }
+    }
+    return unknown;
+}
+
+#ifdef VECTOR
+typedef int32_t ints __attribute__((vector_size(VECTOR)));
+typedef float floats __attribute__((vector_size(VECTOR)));
 enum { WIDTH = sizeof(ints) / sizeof(int32_t) };
 
+#if VECTOR == 64
 // table[at] for each of WIDTH indices; `size` is a multiple of 32.
 static inline floats pick(const float *table, ints at, int size) {
     __m512 found = _mm512_permutex2var_ps(_mm512_loadu_ps(table), (__m512i)at, _mm512_loadu_ps(table + 16));
@@ -87,6 +123,20 @@ static inline floats pick(const float *table, ints at, int size) {
 static inline floats cut(floats x, floats top) {
     return (floats)_mm512_min_ps(_mm512_max_ps((__m512)x, _mm512_setzero_ps()), (__m512)top);
 }
+#else
+static inline floats pick(const float *table, ints at, int size) {
+    __m256 found = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), (__m256i)at);
+    for (int from = 8; from < size; from += 8) {
+        const __m256 next = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + from), (__m256i)at);
+        found = _mm256_blendv_ps(found, next, (__m256)(at >= from));
+    }
+    return (floats)found;
+}
+
+static inline floats cut(floats x, floats top) {
+    return (floats)_mm256_min_ps(_mm256_max_ps((__m256)x, _mm256_setzero_ps()), (__m256)top);
+}
+#endif
 
 // The index of each x, or the one before it.
 static inline ints near(floats x, const table *t, int is_log) {
@@ -162,6 +212,9 @@ static inline ints look_up_many(const float *from, const table *t, int is_log, c
 
 static inline __attribute__((always_inline)) int look_up_all(const float *x, const table *t, int is_log, int size,
                                                              int64_t count, float *values) {
+#if VECTOR == 32
+    if (size > 32) return look_up_plain(x, t, is_log, count, values); // so many permutations take longer
+#endif
     ints unknown = {0};
     int64_t i = 0;
 #ifdef __AVX512VBMI__
@@ -177,38 +230,8 @@ static inline __attribute__((always_inline)) int look_up_all(const float *x, con
     for (int lane = 0; lane < WIDTH; lane++) any |= unknown[lane];
     return any;
 }
-
 #else
-static inline __attribute__((always_inline)) int look_up_all(const float *restrict x, const table *t, int is_log, int size,
-                                                             int64_t count, float *restrict values) {
-    enum { PART = 256 };
-    int32_t near[PART];
-    int unknown = 0;
-    (void)size;
-    for (int64_t start = 0; start < count; start += PART) {
-        const int64_t end = start + PART < count ? start + PART : count;
-        for (int64_t i = start; i < end; i++) {
-            const int low = !is_log && x[i] < t->limit;
-            float line = x[i];
-            if (is_log) {
-                const float shifted = x[i] + t->shift;
-                int32_t bits;
-                memcpy(&bits, &shifted, sizeof bits);
-                line = (float)bits;
-            }
-            line = line * (low ? t->below_slope : t->slope) + (low ? t->below : t->offset);
-            line = line > 0.0f ? line : 0.0f; // NaN is 0
-            near[i - start] = (int32_t)(line < t->top ? line : t->top);
-            unknown |= !(x[i] >= t->least);
-        }
-        for (int64_t i = start; i < end; i++) {
-            int64_t at = near[i - start];
-            __asm__("" : "+r"(at)); // no gather, which is slower than loads
-            values[i] = t->values[at + (x[i] >= t->thresholds[at])];
-        }
-    }
-    return unknown;
-}
+#define look_up_all(x, t, is_log, size, count, values) look_up_plain(x, t, is_log, count, values)
 #endif
 
 // A line tells each x, or the bits of x + shift, the index of a value or the one before it: the threshold between both
@@ -217,14 +240,23 @@ int look_up(const float *restrict x, const float *thresholds, const float *value
             float below_slope, float below, float slope, float offset, float top, float least, int is_log, int size,
             int64_t count, float *restrict values) {
     const table t = {thresholds, values_of, shift, limit, below_slope, below, slope, offset, top, least};
-    if (is_log) {
-        if (size == 32) return look_up_all(x, &t, 1, 32, count, values);
-        if (size == 64) return look_up_all(x, &t, 1, 64, count, values);
-        return look_up_all(x, &t, 1, 256, count, values);
+#if VECTOR == 32
+    size = top < 8 ? 8 : top < 16 ? 16 : size; // no entry behind `top` is read
+#endif
+    switch (2 * size + (is_log != 0)) { // with constants, for each of which the loop is unrolled
+#if VECTOR == 32
+    case 16: return look_up_all(x, &t, 0, 8, count, values);
+    case 17: return look_up_all(x, &t, 1, 8, count, values);
+    case 32: return look_up_all(x, &t, 0, 16, count, values);
+    case 33: return look_up_all(x, &t, 1, 16, count, values);
+#endif
+    case 64: return look_up_all(x, &t, 0, 32, count, values);
+    case 65: return look_up_all(x, &t, 1, 32, count, values);
+    case 128: return look_up_all(x, &t, 0, 64, count, values);
+    case 129: return look_up_all(x, &t, 1, 64, count, values);
+    case 512: return look_up_all(x, &t, 0, 256, count, values);
+    default: return look_up_all(x, &t, 1, 256, count, values);
     }
-    if (size == 32) return look_up_all(x, &t, 0, 32, count, values);
-    if (size == 64) return look_up_all(x, &t, 0, 64, count, values);
-    return look_up_all(x, &t, 0, 256, count, values);
 }
 
 // gradient * (value + shift) / (x + shift) where low <= x + shift <= high and value + shift > 0; elsewhere 0.

@@ -62,6 +62,23 @@ def test_values_and_gradients_around_every_threshold(kind: str, n_bits: int, mon
 
 
 @needs_compiler
+@pytest.mark.parametrize("flags", ["-mno-avx512f", "-mno-avx2 -mno-avx512f", "-mno-avx512vbmi"])
+def test_processors_without_some_instructions_give_the_same(flags: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "FLAGS", (*kernels.FLAGS, *flags.split()))
+    kernels.library.cache_clear()
+    if kernels.library() is None:
+        pytest.skip(f"the compiler has no {flags}: another kind of processor")
+    for kind in (kind for kind in KINDS if KINDS[kind](2).monotone):
+        for n_bits in range(2, 9):
+            quantizer = KINDS[kind](n_bits)
+            quantizer.calibrate(seen_by(kind))
+            x = torch.cat([hard_values(kind, quantizer), seen_by(kind, seed=1).flatten()])
+            for count in (len(x) - 1, len(x)):
+                values = quantizer(x[:count])
+                assert same_bits(values, quantizer.decode(quantizer.encode(x[:count]))), (kind, n_bits)
+
+
+@needs_compiler
 @pytest.mark.parametrize("n_bits", range(2, 9))
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if KINDS[kind](2).monotone])
 def test_steps_know_every_value(kind: str, n_bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
