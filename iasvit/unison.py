@@ -78,11 +78,13 @@ class Unison(BlockReconstruction):
         rotation: rotate the residual stream and the heads before.
         relu: ReLU for GELU before; the network is another function then.
         relu_iterations: steps of an MLP; the recipe's where not given.
-        joint_iterations: steps of all blocks at once.
+        joint_iterations: steps of all blocks at once; where not given the recipe's, and none for a detector, which gains
+            nothing by them.
         joint_batch_size: images of such a step; where not given 32, or `batch_size` for a detector, whose images are
             large and may differ in size.
         joint_lr, joint_scale_lr: rates of these; the scale's rate for activations, as for weights.
-        joint_decay: both rates are multiplied by it for each bit beyond 3: finer codes need smaller corrections.
+        joint_decay: these rates, and those of `head_iterations`, are multiplied by it for each bit beyond 3: finer codes
+            need smaller corrections.
         joint_logits, joint_features, joint_local: weights of what is compared.
         head_iterations: steps of a detector's neck and heads (`iasvit.blockwise.heads`); a block's number where
             not given.
@@ -194,7 +196,8 @@ class Unison(BlockReconstruction):
         batch_size = self.joint_batch_size or (self.batch_size if detector else JOINT_BATCH)
         settings, slower = self.settings(), self.joint_decay ** max(0, n_bits - 3)
         lr, scale_lr = self.joint_lr * slower, self.joint_scale_lr * slower
-        steps = self.joint_steps[self.recipe] if self.joint_iterations is None else self.joint_iterations
+        usual = 0 if detector else self.joint_steps[self.recipe]
+        steps = usual if self.joint_iterations is None else self.joint_iterations
         return replace(
             settings,
             iterations=0 if self.adaround else steps,
@@ -207,11 +210,18 @@ class Unison(BlockReconstruction):
             norm_lr=lr if self.norm_lr else 0.0,
         )
 
-    def head_settings(self) -> Settings:
-        """How a detector's neck and heads are learnt."""
-        settings = self.settings()
+    def head_settings(self, n_bits: int = 3) -> Settings:
+        """How a detector's neck and heads are learnt; `n_bits`: of most quantizers."""
+        settings, slower = self.settings(), self.joint_decay ** max(0, n_bits - 3)
         steps = settings.iterations if self.head_iterations is None else self.head_iterations
-        return replace(settings, iterations=0 if self.adaround else steps)
+        return replace(
+            settings,
+            iterations=0 if self.adaround else steps,
+            lr=settings.lr * slower,
+            bias_lr=settings.bias_lr * slower,
+            scale_lr=settings.scale_lr * slower,
+            weight_scale_lr=settings.weight_scale_lr * slower,
+        )
 
     def forwards(self, calib_size: int) -> float:
         """See `iasvit.methods.Method`."""
@@ -244,4 +254,4 @@ class Unison(BlockReconstruction):
         n_bits = mode(q.n_bits for w in (True, False) for _, q in quantizers_of(quantized, weights=w))
         joint = self.joint_settings(n_bits, is_detector(quantized))
         learn_jointly(quantized, teacher, teacher.images, joint, weights, augmentation, progress, self.seed)
-        learn_heads(quantized, teacher, teacher.images, self.head_settings(), progress, self.seed)
+        learn_heads(quantized, teacher, teacher.images, self.head_settings(n_bits), progress, self.seed)
