@@ -59,7 +59,7 @@ class Unison(BlockReconstruction):
     1. One pass of the quantized model sets the activation quantizers (I&S-ViT's code); LayerNorm→Linear pairs are
        folded to one scale a tensor; weights get the range of least error.
     2. Block by block, on inputs of the quantized prefix: weights, biases and all quantizers' scales (zero-points stay).
-    3. All blocks at once: answers, features and blocks' outputs against the full-precision model's, on images that are
+    3. All blocks of a classifier at once: answers, features and blocks' outputs against the full-precision model's, on images that are
        cropped, mirrored and mixed at random.
     4. A detector's neck and heads, by the divergence of what they predict from what they predict in full precision.
 
@@ -78,12 +78,12 @@ class Unison(BlockReconstruction):
         rotation: rotate the residual stream and the heads before.
         relu: ReLU for GELU before; the network is another function then.
         relu_iterations: steps of an MLP; the recipe's where not given.
-        joint_iterations: steps of all blocks at once; where not given the recipe's, and none for a detector, which gains
-            nothing by them.
+        joint_iterations: steps of all blocks at once; where not given the recipe's, and none for a detector, which
+            gains nothing by them.
         joint_batch_size: images of such a step; where not given 32, or `batch_size` for a detector, whose images are
             large and may differ in size.
         joint_lr, joint_scale_lr: rates of these; the scale's rate for activations, as for weights.
-        joint_decay: these rates, and those of `head_iterations`, are multiplied by it for each bit beyond 3: finer codes
+        joint_decay: these rates, and those of neck and heads, are multiplied by it for each bit beyond 3: finer codes
             need smaller corrections.
         joint_logits, joint_features, joint_local: weights of what is compared.
         head_iterations: steps of a detector's neck and heads (`iasvit.blockwise.heads`); a block's number where
