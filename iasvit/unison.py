@@ -59,8 +59,8 @@ class Unison(BlockReconstruction):
     1. One pass of the quantized model sets the activation quantizers (I&S-ViT's code); LayerNorm→Linear pairs are
        folded to one scale a tensor; weights get the range of least error.
     2. Block by block, on inputs of the quantized prefix: weights, biases and all quantizers' scales (zero-points stay).
-    3. All blocks of a classifier at once: answers, features and blocks' outputs against the full-precision model's, on images that are
-       cropped, mirrored and mixed at random.
+    3. All blocks of a classifier at once: answers, features and blocks' outputs against the full-precision model's, on
+       images that are cropped, mirrored and mixed at random.
     4. A detector's neck and heads, by the divergence of what they predict from what they predict in full precision.
 
     Options, besides those of `BlockReconstruction`; rates of scales are of multiples of the first scale:

@@ -22,6 +22,7 @@ from baselines.qdrop import QDrop
 from iasvit import methods
 from iasvit.admission import admission
 from iasvit.blockwise import Loss, Teacher
+from iasvit.blockwise.core import Settings
 from iasvit.blockwise.joint import Augmentation
 from iasvit.errors import IasvitError
 from iasvit.nn import quant_layers, quantizers_of
@@ -210,19 +211,29 @@ def test_what_cannot_be_rotated_is_one_sentence() -> None:
         quantize(model, tiny_images(model, 2), "glf_q", rotation=True)
 
 
-def test_unisons_joint_rates_fall_with_the_bits() -> None:
+def test_unisons_rates_of_the_last_stages_fall_with_the_bits() -> None:
     method = Unison()
     at_three, at_six = method.joint_settings(3), method.joint_settings(6)
     assert at_six.lr == at_three.lr / 8
     assert at_six.weight_scale_lr == at_six.scale_lr == at_three.scale_lr / 8
     assert method.joint_settings(2) == at_three
+    assert method.joint_settings(3, detector=True).iterations == 0
+    of_heads = method.head_settings(3), method.head_settings(6)
+    assert of_heads[0] == method.settings()
+    for rate in ("lr", "bias_lr", "scale_lr", "weight_scale_lr"):
+        assert 0 < getattr(of_heads[1], rate) == getattr(of_heads[0], rate) / 8
 
 
 @pytest.mark.parametrize("spec", ["W3A3,head=W8A8", "W6A6"])
 def test_unisons_joint_rates_go_by_the_bits_of_most_quantizers(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, seen = tiny_model("vit"), []
     settings = Unison.joint_settings
-    monkeypatch.setattr(Unison, "joint_settings", lambda self, n_bits=3: seen.append(n_bits) or settings(self, n_bits))
+
+    def recorded(self: Unison, n_bits: int = 3, detector: bool = False) -> Settings:
+        seen.append(n_bits)
+        return settings(self, n_bits, detector)
+
+    monkeypatch.setattr(Unison, "joint_settings", recorded)
     quantize(model, tiny_images(model, 5), "unison", spec)
     assert seen[-1] == int(spec[1])
 
