@@ -73,7 +73,7 @@ class AdaLog:
         """See `iasvit.methods.Method`; the first `init_size`."""
         return min(self.init_size, calib_size)
 
-    def forwards(self, calib_size: int) -> float:
+    def forwards(self, calib_size: int, detector: bool) -> float:
         """See `iasvit.methods.Method`; two passes, and the searches, measured."""
         return 2 * self.images_used(calib_size) + self.rounds * (16 + 32 * self.steps) * 45
 

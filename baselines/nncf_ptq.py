@@ -41,7 +41,7 @@ class NNCF:
         """See `iasvit.methods.Method`; the first `init_size`."""
         return min(self.init_size, calib_size)
 
-    def forwards(self, calib_size: int) -> float:
+    def forwards(self, calib_size: int, detector: bool) -> float:
         """See `iasvit.methods.Method`; two passes."""
         return 2.0 * self.images_used(calib_size)
 

@@ -43,7 +43,7 @@ class OnnxRuntimeStatic:
         """See `iasvit.methods.Method`; the first `init_size`."""
         return min(self.init_size, calib_size)
 
-    def forwards(self, calib_size: int) -> float:
+    def forwards(self, calib_size: int, detector: bool) -> float:
         """See `iasvit.methods.Method`; one pass."""
         return float(self.images_used(calib_size))
 

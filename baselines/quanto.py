@@ -40,7 +40,7 @@ class Quanto:
         """See `iasvit.methods.Method`; the first `init_size`."""
         return min(self.init_size, calib_size)
 
-    def forwards(self, calib_size: int) -> float:
+    def forwards(self, calib_size: int, detector: bool) -> float:
         """See `iasvit.methods.Method`; one pass."""
         return float(self.images_used(calib_size))
 

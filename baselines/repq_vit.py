@@ -66,7 +66,7 @@ class RepQViT:
         """See `iasvit.methods.Method`; the first `init_size`."""
         return min(self.init_size, calib_size)
 
-    def forwards(self, calib_size: int) -> float:
+    def forwards(self, calib_size: int, detector: bool) -> float:
         """See `iasvit.methods.Method`; measured."""
         return 30 * self.images_used(calib_size)
 

@@ -37,7 +37,7 @@ class RTN:
         """See `iasvit.methods.Method`; none."""
         return 0
 
-    def forwards(self, calib_size: int) -> float:
+    def forwards(self, calib_size: int, detector: bool) -> float:
         """See `iasvit.methods.Method`; no image is read."""
         return 0.0
 

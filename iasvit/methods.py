@@ -35,8 +35,8 @@ class Method(Protocol):
     A class may also have `version: ClassVar[int]`, raised whenever its numbers change (1 without it), and `changelog:
     ClassVar[dict[int, str]]`, version → what changed them. Rows say which version measured them. A method that does not
     read all calibration images says so in `images_used(self, calib_size: int) -> int`; see there. `forwards(self,
-    calib_size: int) -> float` says roughly how long it takes, counted in forward passes of one image in full precision;
-    `--dry-run` and the time left rest on it.
+    calib_size: int, detector: bool) -> float` says roughly how long it takes on a classifier or a detector, counted in
+    forward passes of one image in full precision; `--dry-run` and the time left rest on it.
 
     `describe(self) -> Description` says what the method is, for `iasvit list methods`. A method without it is described
     by its class.

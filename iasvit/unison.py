@@ -28,7 +28,7 @@ from iasvit.blockwise.output_search import search_bases
 from iasvit.blockwise.teacher import Teacher
 from iasvit.blockwise.transforms import rotated
 from iasvit.calibration import ActivationStore, network_need
-from iasvit.models import Site, segments
+from iasvit.models import Site, is_detector
 from iasvit.nn import quantizers_of
 from iasvit.options import OneOf, Range
 from iasvit.progress import Progress
@@ -45,11 +45,6 @@ LOSSES: dict[str, Callable[[], Loss]] = {
 
 
 JOINT_BATCH = 32
-
-
-def is_detector(model: nn.Module) -> bool:
-    """Whether a model's last segment, neck and heads, is no part of what is learnt with the blocks."""
-    return not segments(model)[-1].reconstruct
 
 
 @dataclass
@@ -223,10 +218,11 @@ class Unison(BlockReconstruction):
             weight_scale_lr=settings.weight_scale_lr * slower,
         )
 
-    def forwards(self, calib_size: int) -> float:
+    def forwards(self, calib_size: int, detector: bool) -> float:
         """See `iasvit.methods.Method`."""
-        joint = self.joint_settings()
-        return super().forwards(calib_size) + 5.0 * joint.iterations * joint.batch_size
+        joint, heads = self.joint_settings(detector=detector), self.head_settings()
+        of_heads = 2.5 * heads.iterations * heads.batch_size if detector else 0.0
+        return super().forwards(calib_size, detector) + 5.0 * joint.iterations * joint.batch_size + of_heads
 
     def transform(self, model: nn.Module, images: ActivationStore, progress: Progress) -> nn.Module:
         """See `BlockReconstruction`."""

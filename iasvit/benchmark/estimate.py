@@ -12,6 +12,7 @@ from torch import Tensor
 from iasvit.benchmark.harness import FULL_PRECISION, Cell, device_of, make_jobs, make_method, stored_row
 from iasvit.benchmark.results import Key, ResultStore, Row
 from iasvit.benchmark.task import Task
+from iasvit.models import is_detector
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def estimate(
     rows = store.rows()
     rows = rows[(rows["task"] == task.name) & (rows["dataset"] == task.data.name) & (rows["status"] == "ok")]
     known: list[Row] = rows.astype(object).where(rows.notna(), None).to_dict("records")
-    image_seconds: dict[str, float] = {}
+    timed: dict[str, tuple[float, bool]] = {}
     estimates = []
     for job in jobs:
         cell = job.cell
@@ -60,11 +61,13 @@ def estimate(
             )
             seconds = _scaled(nearest, job.key, iterations, batch_size)
             estimates.append(Estimate(cell, seconds, f"stored row of {nearest['time'][:10]}"))
-        elif (forwards := _forwards(cell, iterations, batch_size)) is not None:
-            if cell.model not in image_seconds:
-                image_seconds[cell.model] = _time_forward(task, cell.model)
+            continue
+        if cell.model not in timed:
+            timed[cell.model] = _time_forward(task, cell.model)
+        image_seconds, detector = timed[cell.model]
+        if (forwards := _forwards(cell, iterations, batch_size, detector)) is not None:
             forwards += 2 * task.split_size  # quantizers double a forward
-            estimates.append(Estimate(cell, image_seconds[cell.model] * forwards, "rough, from one timed forward"))
+            estimates.append(Estimate(cell, image_seconds * forwards, "rough, from one timed forward"))
         else:
             estimates.append(Estimate(cell, None, "no measurement yet"))
     return estimates
@@ -78,13 +81,13 @@ def _steps(cell: Cell) -> tuple[int | None, int]:
     return getattr(method, "iterations", None), getattr(method, "batch_size", 1)
 
 
-def _forwards(cell: Cell, iterations: int | None, batch_size: int) -> float | None:
+def _forwards(cell: Cell, iterations: int | None, batch_size: int, detector: bool) -> float | None:
     """Forward passes of one image that a cell's method takes, roughly; None where nothing says."""
     if cell.method == FULL_PRECISION:
         return 0.0
     forwards = getattr(make_method(cell), "forwards", None)
     if forwards is not None:
-        return forwards(cell.calib_size)
+        return forwards(cell.calib_size, detector)
     # A step is a forward and a backward with quantizers, in each of two stages; then the initialisation; measured.
     return None if iterations is None else 7.0 * iterations * batch_size + 36 * cell.calib_size
 
@@ -103,8 +106,8 @@ def _scaled(row: Row, key: Key, iterations: int | None, batch_size: int) -> floa
 
 
 @torch.no_grad()
-def _time_forward(task: Task, model: str) -> float:
-    """Seconds that one image takes in full precision."""
+def _time_forward(task: Task, model: str) -> tuple[float, bool]:
+    """Seconds that one image takes in full precision, and whether the model is a detector."""
     network = task.load_model(model)
     images = task.calibration(model, 8, 0)
     batches = [images] if isinstance(images, Tensor) else list(images)  # images of different sizes come one by one
@@ -116,7 +119,7 @@ def _time_forward(task: Task, model: str) -> float:
         for batch in batches:
             task.forward(network, batch)
         seconds.append(time.perf_counter() - start)
-    return min(seconds) / len(images)
+    return min(seconds) / len(images), is_detector(network)
 
 
 def format_estimates(estimates: Sequence[Estimate]) -> str:

@@ -9,7 +9,7 @@ from iasvit.blockwise.core import Settings, groups_of, seed_of
 from iasvit.blockwise.parts import learning
 from iasvit.blockwise.teacher import Teacher
 from iasvit.calibration import ActivationStore, Store
-from iasvit.models import adapter_for, segments
+from iasvit.models import adapter_for, is_detector, segments
 from iasvit.progress import Progress
 from iasvit.steps import minimise
 
@@ -34,7 +34,7 @@ def learn_heads(
         seed: of what is drawn.
     """
     chain, adapter = segments(quantized), adapter_for(quantized)
-    if chain[-1].reconstruct or not chain[-1].layers() or settings.iterations < 1:
+    if not is_detector(quantized) or not chain[-1].layers() or settings.iterations < 1:
         return
     inputs_fp: Store = images
     inputs_q: Store = images

@@ -11,9 +11,9 @@ from torch.nn import functional as F
 
 from iasvit.blockwise.core import Settings, groups_of, seed_of
 from iasvit.blockwise.parts import learning
-from iasvit.blockwise.teacher import Caller, Teacher, answers_of, caller, relative_error
+from iasvit.blockwise.teacher import Caller, Teacher, answers_of, caller
 from iasvit.calibration import ActivationStore, tensors
-from iasvit.models import Activation, Segment, segments
+from iasvit.models import Activation, Segment, relative_error, segments
 from iasvit.progress import Progress
 from iasvit.steps import minimise
 

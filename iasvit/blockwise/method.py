@@ -139,7 +139,7 @@ class BlockReconstruction:
         """How a block is learnt before its weights are quantized; None where it is not (I&S-ViT's stage 1)."""
         return None
 
-    def forwards(self, calib_size: int) -> float:
+    def forwards(self, calib_size: int, detector: bool) -> float:
         """See `iasvit.methods.Method`; a step is a forward and a backward with quantizers, and of what is behind."""
         steps = self.settings().iterations * self.batch_size
         return (3.5 + (12 if self.suffixes else 0)) * steps + 30 * calib_size

@@ -13,9 +13,8 @@ from torch.nn import functional as F
 
 from iasvit.calibration import ActivationStore, tensors
 from iasvit.errors import IasvitError
-from iasvit.models import Activation, Segment, adapter_for, segments
+from iasvit.models import Activation, Segment, adapter_for, relative_error, segments
 
-TINY = torch.finfo(torch.float32).tiny
 Run = Callable[[Activation], Activation]
 Caller = Callable[[Run, Activation], Activation]
 
@@ -69,13 +68,6 @@ def answers_of(last: Segment, x: Activation) -> tuple[Tensor, Tensor]:
             handle.remove()
     assert isinstance(logits, Tensor)
     return logits, torch.cat(seen, dim=1) if seen else logits
-
-
-def relative_error(x: Activation, full: Activation) -> Tensor:
-    """Squared error of each tensor of x over the mean square of the full-precision one, summed: a scalar."""
-    wide = torch.promote_types(tensors(full)[0].dtype, torch.float32)  # autocast computes in bfloat16
-    parts = [(a.to(wide), b.to(wide)) for a, b in zip(tensors(x), tensors(full), strict=True)]
-    return torch.stack([(a - b).square().mean() / b.square().mean().clamp_min(TINY) for a, b in parts]).sum()
 
 
 class Teacher:

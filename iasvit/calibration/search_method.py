@@ -57,7 +57,7 @@ class ScaleSearch(ABC):
         """See `iasvit.methods.Method`; the first `init_size`."""
         return min(self.init_size, calib_size)
 
-    def forwards(self, calib_size: int) -> float:
+    def forwards(self, calib_size: int, detector: bool) -> float:
         """See `iasvit.methods.Method`; a search of every operand."""
         return self.candidate_forwards * self.rounds * self.candidates * self.images_used(calib_size)
 

@@ -120,7 +120,7 @@ class ClosedForm(ABC):
         """See `iasvit.methods.Method`; the first `init_size`."""
         return min(self.init_size, calib_size)
 
-    def forwards(self, calib_size: int) -> float:
+    def forwards(self, calib_size: int, detector: bool) -> float:
         """See `iasvit.methods.Method`; passes for each layer, and the solution, measured."""
         return 15 * self.images_used(calib_size) + 200
 

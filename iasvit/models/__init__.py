@@ -3,7 +3,7 @@
 A method sees what an adapter returns (`Segment`, `NormLinearPair`, `Site`), never a class of timm or mmdet.
 """
 
-from iasvit.models.base import Activation, Adapter, Inserter, NormLinearPair, Segment, Site
+from iasvit.models.base import Activation, Adapter, Inserter, NormLinearPair, Segment, Site, relative_error
 from iasvit.models.check import check_chain, check_size, why_not_saved
 from iasvit.models.parts import MLP, Heads, Reader, ResidualStream, Writer, use_rms_norms
 from iasvit.models.plain import check_parameters, copy_of, plain, unwrap
@@ -14,6 +14,7 @@ from iasvit.models.registry import (
     describe,
     find_pairs,
     insert_quantizers,
+    is_detector,
     list_families,
     prepare,
     segments,
@@ -41,9 +42,11 @@ __all__ = [
     "describe",
     "find_pairs",
     "insert_quantizers",
+    "is_detector",
     "list_families",
     "plain",
     "prepare",
+    "relative_error",
     "segments",
     "unwrap",
     "use_rms_norms",

@@ -23,6 +23,15 @@ if TYPE_CHECKING:
 Activation = Tensor | tuple[Tensor, ...]
 
 
+def relative_error(x: Activation, full: Activation) -> Tensor:
+    """Squared error of each tensor of x over the mean square of the full-precision one, summed: a scalar."""
+    ours, wanted = (y if isinstance(y, tuple) else (y,) for y in (x, full))
+    wide = torch.promote_types(wanted[0].dtype, torch.float32)  # autocast computes in bfloat16
+    pairs = [(a.to(wide), b.to(wide)) for a, b in zip(ours, wanted, strict=True)]
+    tiny = torch.finfo(torch.float32).tiny
+    return torch.stack([(a - b).square().mean() / b.square().mean().clamp_min(tiny) for a, b in pairs]).sum()
+
+
 @dataclass(frozen=True)
 class Site:
     """A place where a quantizer goes.

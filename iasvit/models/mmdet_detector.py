@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from iasvit.errors import IasvitError
 from iasvit.models.attention import explicit_attention
-from iasvit.models.base import Adapter, Inserter, NormLinearPair, Segment, class_name
+from iasvit.models.base import Adapter, Inserter, NormLinearPair, Segment, class_name, relative_error
 from iasvit.models.blocks import require
 from iasvit.models.likelihood import label_gradient
 from iasvit.models.mmdet_heads import (
@@ -141,7 +141,7 @@ class DetectorAdapter(Adapter):
     def answer_errors(
         self, model: TwoStageDetector, inputs: Maps, full_model: TwoStageDetector, full_inputs: Maps
     ) -> Tensor:
-        """See `Adapter`: of what the neck puts out, relative to its size; and `mmdet_heads.divergence` of all heads.
+        """See `Adapter`: `relative_error` of what the neck puts out, and `mmdet_heads.divergence` of all heads.
 
         Heads are compared at the REGIONS likeliest proposals of an image, and at the masks of its detections, that the
         detector in full precision finds.
@@ -150,8 +150,8 @@ class DetectorAdapter(Adapter):
             full_features, size = _features(full_model, full_inputs)
             full, regions = find_regions(full_model, full_features, size, REGIONS)
         features, _ = _features(model, inputs)
-        errors = [(x - y).square().mean() / y.square().mean() for x, y in zip(features, full_features, strict=True)]
-        return torch.stack([torch.stack(errors).sum(), divergence(run_heads_at(model, features, regions), full)])
+        of_heads = divergence(run_heads_at(model, features, regions), full)
+        return torch.stack([relative_error(features, full_features), of_heads])
 
     def describe(self, model: TwoStageDetector) -> dict[str, Any]:
         """The detector's configuration, where it has one: mmdet keeps it in its attribute `cfg`."""

@@ -161,3 +161,8 @@ def build(description: dict[str, Any]) -> nn.Module:
         if entry.value.rpartition(":")[2] == name:
             return _load(entry).build(arguments).eval()
     raise IasvitError(f"the file's architecture {name!r} is not known to this version of iasvit")
+
+
+def is_detector(model: nn.Module) -> bool:
+    """Whether the model's last segment, neck and heads, is not reconstructed with its blocks."""
+    return not segments(model)[-1].reconstruct

@@ -29,7 +29,7 @@ class Quantizer(nn.Module):
     Subclasses name in `parameters_` the buffers that `calibrate` fills, in `integers` those that are int32, in
     `positive` those that are above 0, and in `config` what else rebuilds them. One whose parameters are scalars, and
     whose codes never turn back from one float to the next, may say so in `monotone`: an evaluation on a CPU then looks
-    values up in a table of its thresholds, which are to be about even along `_curve`.
+    values up in a table, if their thresholds are roughly evenly spaced along `_curve`.
 
     Args:
         n_bits: bits of a code, 2 to 8.
@@ -176,7 +176,8 @@ class Quantizer(nn.Module):
 
         None where it does not take x, or is no faster than the formula.
         """
-        if not self.monotone or x.dtype != torch.float32 or x.numel() < LEAST:
+        many = torch.get_num_threads() > kernels.THREADS  # share the formula, and do not share a look-up
+        if not self.monotone or x.dtype != torch.float32 or x.numel() < LEAST or many:
             return None, None
         buffers: dict[str, Any] = self._buffers
         key = self.config(), [buffers[name].item() for name in self.parameters_]
@@ -185,7 +186,7 @@ class Quantizer(nn.Module):
         return self._table[1]
 
     def _curve(self) -> Curve:
-        """Along what the thresholds are about even: as they are, unless a subclass says otherwise."""
+        """The curve along which the thresholds are roughly evenly spaced: x itself unless a subclass overrides it."""
         return Curve(log=False)
 
     def _fused(self, x: Tensor, gradient: bool) -> tuple[Tensor, Tensor | None] | None:

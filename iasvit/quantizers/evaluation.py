@@ -36,7 +36,7 @@ def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 class Curve(NamedTuple):
-    """Along what a quantizer's thresholds are even.
+    """A curve along which a quantizer's thresholds are evenly spaced.
 
     Attributes:
         log: whether along log2(x + shift), by octaves of straight lines, that is the bits of the float x + shift; else
@@ -58,7 +58,7 @@ class Steps(NamedTuple):
     """A function of one float32 that is constant from one threshold to the next.
 
     Attributes:
-        thresholds: float32, ascending, and NaN in place of those that a table of `kernels.SIZES` has more.
+        thresholds: float32, ascending, and NaN behind the last of them up to one of `kernels.SIZES`.
         values: float32, as many: values[k] from thresholds[k - 1] on.
         curve: on which slope·p + offset, cut to a whole number in [0, top], is k or k - 1 for each x of values[k].
         lines: (slope, offset) below the curve's limit, and from it on.
@@ -77,12 +77,12 @@ class Steps(NamedTuple):
 def step_function(
     codes_of: Callable[[Tensor], Tensor], values_of: Callable[[Tensor], Tensor], curve: Curve
 ) -> Steps | None:
-    """The steps of values_of(codes_of(x)); None where they are not even along the curve, or no float32.
+    """The steps of values_of(codes_of(x)); None where they are not evenly spaced along the curve, or not float32.
 
     Args:
         codes_of: code of each float32; from one float to the next it never turns back. NaN where there is none.
         values_of: value of each code.
-        curve: along which thresholds are about even: by less than half a step.
+        curve: along which the thresholds are evenly spaced to within half a step.
     """
     low = 0 if codes_of(_floats(torch.tensor([-_LARGEST]))).isnan() else -_LARGEST
     first, last = codes_of(_floats(torch.tensor([low, _LARGEST]))).tolist()
@@ -102,7 +102,7 @@ def step_function(
     sweep = torch.linspace(low, _LARGEST, SWEEP, dtype=torch.float64).long()
     x = _floats(torch.cat([sweep, near.flatten()]).clamp_(low, _LARGEST))
     expected = values_of(codes_of(x))
-    # Where codes share values only the changes of these may be even, and below _NORMAL octaves are no octaves.
+    # Where codes share a value, only the changes of values may be evenly spaced. Subnormal floats have no octaves.
     for some, start in ((changes | True, low), (changes, low), (changes, low or _NORMAL)):
         kept = some & (above > start)
         levels = torch.cat([values[:-1][kept], values[-1:]])
