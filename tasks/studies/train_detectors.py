@@ -81,6 +81,7 @@ def train(run: Run) -> bool:
     if run.processes > 1:
         dist.init_process_group("gloo")
         rank = dist.get_rank()
+        os.environ["LOCAL_RANK"] = "0"  # mmengine's logger takes it for a visible GPU; all processes are on run.device
     try:
         trainer = Trainer(run, rank)
         done = trainer.train()

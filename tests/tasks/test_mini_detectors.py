@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import signal
 from pathlib import Path
 
@@ -263,6 +264,27 @@ def test_two_processes_average_their_gradients(tmp_path: Path, monkeypatch: pyte
     for parameter, first, second in zip(parameters, *gradients, strict=True):
         torch.testing.assert_close(parameter.grad, (first + second) / 2)
     assert any(not torch.equal(first, second) for first, second in zip(*gradients, strict=True))
+
+
+def test_mmengine_takes_no_process_of_many_for_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its logger looks for the GPU number LOCAL_RANK, and there are fewer GPUs than processes."""
+    seen: list[str] = []
+
+    class Stopped(Exception):
+        pass
+
+    def trainer(run: Run, rank: int) -> None:
+        seen.append(os.environ["LOCAL_RANK"])
+        raise Stopped
+
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(train_detectors, "Trainer", trainer)
+    for name in ("init_process_group", "destroy_process_group"):
+        monkeypatch.setattr(train_detectors.dist, name, lambda *args: None)
+    monkeypatch.setattr(train_detectors.dist, "get_rank", lambda: 3)
+    with pytest.raises(Stopped):
+        train_detectors.train(small_run(tmp_path, processes=4))
+    assert seen == ["0"]
 
 
 def test_another_runs_state_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
