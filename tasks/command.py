@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, Protocol, TypeVar
 
@@ -107,9 +107,10 @@ class Profile:
         iterations: reconstruction steps of a block and stage, below 6 bits.
         iterations_6_bits: the same from 6 bits on.
         lr: of reconstruction.
-        fast_lr: the same with --recipe fast, which takes a fifth of the iterations.
+        stage1_share: of the steps, I&S-ViT's; None leaves it to the method.
         init_size: of the calibration images, those that quantizers are initialised on; None leaves it to the method.
         recipe: of methods that have recipes of their own, which then have the numbers that are not said here.
+        fast: what --recipe fast has in place of these, by attribute.
     """
 
     models: tuple[str, ...] = ()
@@ -118,9 +119,10 @@ class Profile:
     iterations: int = 1000
     iterations_6_bits: int = 200
     lr: float = 4e-5
-    fast_lr: float = 4e-4
+    stage1_share: float | None = None
     init_size: int | None = None
     recipe: str = "paper"
+    fast: Mapping[str, Any] = field(default_factory=dict)
 
     def options(self, spec: QuantSpec, method: str) -> dict[str, Any]:
         """Options for a method at these bits; it takes those that it knows."""
@@ -131,7 +133,13 @@ class Profile:
             return own | ({"batch_size": self.batch_size, "init_size": self.init_size} if self.init_size else {})
         low = min(spec.w_bits, spec.a_bits) < 6
         iterations = self.iterations if low else self.iterations_6_bits
-        options = {"iterations": iterations, "batch_size": self.batch_size, "lr": self.lr, "init_size": self.init_size}
+        options = {
+            "iterations": iterations,
+            "stage1_share": self.stage1_share,
+            "batch_size": self.batch_size,
+            "lr": self.lr,
+            "init_size": self.init_size,
+        }
         return {name: value for name, value in options.items() if value is not None}
 
     def by(self, recipe: str) -> Profile:
@@ -144,8 +152,7 @@ class Profile:
             raise IasvitError(f"--recipe {shown(recipe)[1:-1]} is not known; there are {', '.join(RECIPES)}")
         if recipe == "paper":
             return self
-        iterations = self.iterations // 5, self.iterations_6_bits // 5
-        return replace(self, iterations=iterations[0], iterations_6_bits=iterations[1], lr=self.fast_lr, recipe="fast")
+        return replace(self, recipe="fast", **self.fast)
 
 
 def profile_option(text: str, name: str, mini: Profile, real: Profile) -> Any:

@@ -336,6 +336,40 @@ def test_default_steps_are_the_papers(
     assert {(call["lr"], call["batch_size"]) for call in calls} == {(4e-5, 64)}
 
 
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        ({"recipe": "fast"}, (75, 225)),
+        ({"recipe": "fast", "iterations": 4}, (2, 6)),
+        ({"recipe": "fast", "iterations": 4, "stage1_share": 0.5}, (4, 4)),
+        ({"iterations": 4, "stage1_share": 0.0}, (0, 8)),
+        ({"iterations": 4, "stage1_share": 0.25, "sos": False}, (8,)),
+    ],
+)
+def test_stage1_share_divides_the_steps_and_the_bar_counts_them(
+    vit: nn.Module,
+    images: Tensor,
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, Any],
+    steps: tuple[int, ...],
+) -> None:
+    calls: list[int] = []
+    said: list[int] = []
+    plain = sos.stream
+
+    def stream(*args: Any, steps: int, **kwargs: Any) -> None:
+        said.append(steps)
+        plain(*args, steps=steps, **kwargs)
+
+    monkeypatch.setattr(sos, "stream", stream)
+    monkeypatch.setattr(sos, "optimize", lambda *_args, iterations, **_kwargs: calls.append(iterations))
+    quantized = IASViT(**options).quantize(vit, images, W3A3, Progress())
+    count = sum(bool(segment.modules) for segment in segments(quantized))
+    assert said == [count * sum(steps)]
+    assert calls[-len(steps) :] == list(steps)
+    assert len(calls) == count * len(steps) - (len(steps) - 1)  # the patch embedding has no stage 1
+
+
 def test_quantizers_are_initialised_on_the_first_images_only(vit: nn.Module, images: Tensor) -> None:
     others = torch.cat([images[:4], 3 * tiny_models.images(5, seed=1)])
     first = quantize(vit, images, iterations=0, init_size=4)
@@ -353,6 +387,7 @@ def test_quantizers_are_initialised_on_the_first_images_only(vit: nn.Module, ima
         ({"init_size": 0}, "init_size is 0"),
         ({"lr": 0.0}, "lr is 0.0"),
         ({"lr": float("nan")}, "lr is nan"),
+        ({"stage1_share": 1.5}, "stage1_share is 1.5"),
     ],
 )
 def test_senseless_options_are_refused(options: dict[str, Any], message: str) -> None:

@@ -26,9 +26,24 @@ from tasks.command import Profile
 
 DATA_ROOT = "IASVIT_IMAGENET"
 
-PAPER = Profile(("deit_s",), calib_size=1024, batch_size=64, iterations=1000, iterations_6_bits=200, lr=4e-5)
+PAPER = Profile(
+    ("deit_s",),
+    calib_size=1024,
+    batch_size=64,
+    iterations=1000,
+    iterations_6_bits=200,
+    lr=4e-5,
+    fast={"iterations": 150, "iterations_6_bits": 30, "stage1_share": 0.25, "lr": 4e-4},
+)
 MINI = Profile(
-    ("deit_t", "swin_t"), 256, 16, iterations=200, iterations_6_bits=200, lr=1e-3, fast_lr=1e-3, recipe="mini"
+    ("deit_t", "swin_t"),
+    calib_size=256,
+    batch_size=16,
+    iterations=200,
+    iterations_6_bits=200,
+    lr=1e-3,
+    recipe="mini",
+    fast={"iterations": 60, "iterations_6_bits": 60, "stage1_share": 0.25, "batch_size": 8},
 )
 
 

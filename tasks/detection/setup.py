@@ -31,8 +31,25 @@ DATA_ROOT = "IASVIT_COCO"
 HEADS = ("neck", "rpn_head", "roi_head")
 
 # Activations of one photograph at 800×1333 are hundreds of megabytes a layer: quantizers start from few of them.
-PAPER = Profile(calib_size=256, init_size=4, batch_size=1, iterations=1000, iterations_6_bits=200, lr=4e-5)
-MINI = Profile((), 64, 4, iterations=100, iterations_6_bits=100, lr=1e-3, fast_lr=1e-3, init_size=8, recipe="mini")
+PAPER = Profile(
+    calib_size=256,
+    init_size=4,
+    batch_size=1,
+    iterations=1000,
+    iterations_6_bits=200,
+    lr=4e-5,
+    fast={"iterations": 150, "iterations_6_bits": 30, "stage1_share": 0.25, "lr": 4e-4},
+)
+MINI = Profile(
+    calib_size=64,
+    init_size=8,
+    batch_size=4,
+    iterations=100,
+    iterations_6_bits=100,
+    lr=1e-3,
+    recipe="mini",
+    fast={"iterations": 20, "iterations_6_bits": 20},
+)
 
 DATA_SETS = {
     data.name: data

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from iasvit.errors import IasvitError
+from iasvit.sos import RECIPES
 from iasvit.spec import QuantSpec
 from tasks import command
+from tasks.classification.setup import MINI, PAPER
 from tasks.command import Profile, make_cells, make_device, parse_options
 
 
@@ -108,3 +110,15 @@ def test_an_unknown_option_is_named() -> None:
     )
     assert [dict(cell.options).get("autocast") for cell in cells] == [True, None]
     assert [dict(cell.options).get("iterations") for cell in cells] == [9, None]
+
+
+def test_the_fast_recipe_takes_at_most_a_fifth_of_the_images_and_most_in_stage_3() -> None:
+    spec = QuantSpec.parse("W3A3")
+    for profile in (PAPER, MINI):
+        plain, fast = (profile.by(recipe).options(spec, "ias_vit") for recipe in ("paper", "fast"))
+        images = [options["iterations"] * options["batch_size"] for options in (plain, fast)]
+        assert 5 * images[1] <= images[0]
+        assert "stage1_share" not in plain
+        assert fast["stage1_share"] == RECIPES["fast"].stage1_share
+    assert PAPER.by("fast").iterations == RECIPES["fast"].iterations[0]
+    assert PAPER.by("fast").lr == RECIPES["fast"].lr
