@@ -7,7 +7,8 @@ from typing import Annotated, ClassVar
 
 from torch import nn
 
-from iasvit.blockwise import BlockRecipe, BlockReconstruction, FrozenSuffix, Loss, MeanSquare
+from iasvit.blockwise import BlockRecipe, BlockReconstruction, DetectorSuffix, Loss, MeanSquare, Settings, Teacher
+from iasvit.blockwise.heads import learn_neck
 from iasvit.blockwise.transforms import rotated
 from iasvit.calibration import ActivationStore
 from iasvit.options import Range
@@ -20,7 +21,9 @@ class GLFQ(BlockReconstruction):
 
     The weights themselves and the activation scales are learnt by straight-through estimation, 3000 steps a block from
     2e-5 and 2e-4. Loss: the error of the features (what the head reads) after the frozen full-precision rest of the
-    network, and twice the block's own, each over its first value.
+    network, and twice the block's own, each over its first value. On a detector, in place of the features: the error of
+    the backbone's stages, twice, and of what the RoI heads put out for boxes and for masks, half each. The neck then
+    learns by its own error; RPN and heads are calibrated.
 
     Options: see `BlockReconstruction`.
         rotation: rotate the residual stream (where LayerNorm can become RMSNorm) and the heads.
@@ -47,10 +50,19 @@ class GLFQ(BlockReconstruction):
 
     def loss(self) -> Loss:
         """See `BlockReconstruction`."""
-        return FrozenSuffix(features=1.0, local=2.0, inner=MeanSquare())
+        return DetectorSuffix(features=1.0, local=2.0, inner=MeanSquare(), stages=2.0, boxes=0.5, masks=0.5)
+
+    def forwards(self, calib_size: int, detector: bool) -> float:
+        """See `iasvit.methods.Method`; for a detector also its heads behind each block, and its neck's steps."""
+        steps = self.settings().iterations * self.batch_size
+        return super().forwards(calib_size, detector) + (32 * steps if detector else 0)
 
     def transform(self, model: nn.Module, images: ActivationStore, progress: Progress) -> nn.Module:
         """See `BlockReconstruction`."""
         if self.rotation:
             model = rotated(model, self.seed)
         return self.relu_model(model, images, progress, self.relu_iterations) if self.relu else model
+
+    def finish(self, quantized: nn.Module, teacher: Teacher, settings: Settings, progress: Progress) -> None:
+        """See `BlockReconstruction`."""
+        learn_neck(quantized, teacher, teacher.images, settings, progress, self.seed)

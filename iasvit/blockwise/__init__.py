@@ -6,6 +6,7 @@ a network.
 """
 
 from iasvit.blockwise.core import Settings, reconstruct
+from iasvit.blockwise.detector_loss import DetectorSuffix
 from iasvit.blockwise.initialise import INITIALISATIONS, per_token
 from iasvit.blockwise.losses import (
     Divergence,
@@ -28,6 +29,7 @@ __all__ = [
     "AdaRound",
     "BlockRecipe",
     "BlockReconstruction",
+    "DetectorSuffix",
     "Divergence",
     "Dropped",
     "Fisher",

@@ -404,12 +404,18 @@ class FrozenSuffix(Loss):
         self.inner.set_unit(output, target, images)
         self.units.copy_(self._parts(output, target, images).clamp_min(TINY))
 
+    def _whole(self, output: Tensor, target: Tensor, images: Tensor) -> tuple[Activation, Activation]:
+        """Output and target, each with what the block hands on beside it."""
+        if self.others is None:
+            return output, target
+        others = tensors(self.others.gather(images))[1:]
+        return (output, *others), (target, *others)
+
     def _parts(self, output: Tensor, target: Tensor, images: Tensor) -> Tensor:
         own = self.inner(output, target, images)
         if self.is_last:
             return torch.stack([torch.zeros_like(own), own, torch.zeros_like(own)])
-        others = () if self.others is None else tensors(self.others.gather(images))[1:]
-        x, full = (output, target) if self.others is None else ((output, *others), (target, *others))
+        x, full = self._whole(output, target, images)
         if self.targets is None:
             error = self.teacher.error_behind(self.index, x, full)
             return torch.stack([error, own, torch.zeros_like(own)])

@@ -149,6 +149,28 @@ class Teacher:
             wanted = self._to_last(index, full)
         return relative_error(self._to_last(index, x), wanted)
 
+    def detector_errors(self, index: int, x: Activation, full: Activation) -> Tensor:
+        """How far x, activations that leave segment `index`, moves a detector's stages, boxes and masks.
+
+        Args:
+            index: of the segment.
+            x: its outputs for some images.
+            full: its outputs for them in full precision.
+
+        Returns:
+            float32 (3,), each ≥ 0: `error_behind`, and both of `Adapter.region_errors`. Heads compute in float32.
+
+        Raises:
+            IasvitError: the model's family knows no such errors.
+        """
+        with torch.no_grad():
+            wanted = self._to_last(index, full)
+        ours = self._to_last(index, x)
+        stages = relative_error(ours, wanted)
+        with torch.autocast(stages.device.type, enabled=False):
+            ours, wanted = (tuple(y.float() for y in tensors(z)) for z in (ours, wanted))
+            return torch.cat([stages[None], self.adapter.region_errors(self.model, ours, wanted)])
+
     def _to_last(self, index: int, x: Activation) -> Activation:
         for segment in self.chain[index + 1 : -1]:
             x = self.call(segment.run, x)

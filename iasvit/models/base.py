@@ -206,6 +206,30 @@ class Adapter(ABC):
         """
         raise IasvitError(f"the answers of a {class_name(model)} cannot be compared")
 
+    def region_errors(self, model: nn.Module, inputs: Activation, full_inputs: Activation) -> Tensor:
+        """How far what a detector's heads put out at its regions moves with the inputs of its last segment.
+
+        Args:
+            model: a detector in full precision.
+            inputs: of its last segment, B images.
+            full_inputs: the same in full precision. Regions are found on these, and get no gradient.
+
+        Returns:
+            float32 (2,), each ≥ 0: the error of the box heads and that of the mask heads, 0 where there are none.
+
+        Raises:
+            IasvitError: no such measure is known for the family.
+        """
+        raise IasvitError(f"the heads of a {class_name(model)} cannot be compared")
+
+    def neck(self, model: nn.Module) -> Segment:
+        """The first part of a detector's last segment: from its inputs to the maps that all heads read.
+
+        Raises:
+            IasvitError: the family has no such part.
+        """
+        raise IasvitError(f"no neck of a {class_name(model)} is known")
+
     @abstractmethod
     def describe(self, model: nn.Module) -> dict[str, Any]:
         """JSON types from which `build` makes an equal model of random weights."""

@@ -34,6 +34,7 @@ from iasvit.models.mmdet_heads import (
     flat,
     label_scores,
     meta_of,
+    roi_errors,
     run_heads,
     run_heads_at,
 )
@@ -152,6 +153,18 @@ class DetectorAdapter(Adapter):
         features, _ = _features(model, inputs)
         of_heads = divergence(run_heads_at(model, features, regions), full)
         return torch.stack([relative_error(features, full_features), of_heads])
+
+    def region_errors(self, model: TwoStageDetector, inputs: Maps, full_inputs: Maps) -> Tensor:
+        """See `Adapter`: `mmdet_heads.roi_errors` at the REGIONS likeliest proposals and the masks of detections."""
+        with torch.no_grad():
+            features, size = _features(model, full_inputs)
+            full, regions = find_regions(model, features, size, REGIONS)
+        return roi_errors(model, _features(model, inputs)[0], regions, full)
+
+    def neck(self, model: TwoStageDetector) -> Segment:
+        """See `Adapter`: the norms of the backbone's outputs, which stay as they are, and the neck."""
+        _check(model)
+        return Segment("neck", lambda maps: _features(model, maps)[0], (("neck", model.neck),))
 
     def describe(self, model: TwoStageDetector) -> dict[str, Any]:
         """The detector's configuration, where it has one: mmdet keeps it in its attribute `cfg`."""

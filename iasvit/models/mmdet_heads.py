@@ -15,6 +15,7 @@ from mmdet.structures.bbox import bbox2roi, get_box_tensor
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from iasvit.models.base import relative_error
 from iasvit.models.blocks import require
 
 LABEL_SETS = 4  # columns of `label_scores`
@@ -150,12 +151,37 @@ def find_regions(
 
 def run_heads_at(detector: TwoStageDetector, features: Sequence[Tensor], regions: Regions) -> list[Component]:
     """See `run_heads`; at given regions, whatever the detector itself would look at."""
-    roi_head = detector.roi_head
     components = _rpn_components(detector.rpn_head, *detector.rpn_head(features))
-    for stage, (head, rois) in enumerate(zip(_heads(roi_head.bbox_head), regions.boxes, strict=True)):
-        out = _stage(roi_head, roi_head._bbox_forward, stage, features, rois)
-        components += _box_components(head, out["cls_score"], out["bbox_pred"], rois, _stage_weight(roi_head, stage))
-    return components + (_mask_components(roi_head, features, regions) if roi_head.with_mask else [])
+    boxes, masks = _roi_components(detector.roi_head, features, regions)
+    return components + boxes + masks
+
+
+def roi_errors(
+    detector: TwoStageDetector, features: Sequence[Tensor], regions: Regions, full: Sequence[Component]
+) -> Tensor:
+    """Error of what a detector's RoI heads put out: that of classes and boxes, and that of masks.
+
+    Each output's squared error over its mean square in full precision, summed over a cascade's stages.
+
+    Args:
+        detector: whose heads run.
+        features: of the neck, each (B, C, H, W).
+        regions: where the heads look.
+        full: what `find_regions` returned beside them.
+
+    Returns:
+        float32 (2,); 0 for the masks of a detector without them.
+    """
+    boxes, masks = _roi_components(detector.roi_head, features, regions)
+    of_rois = full[len(full) - len(boxes) - len(masks) :]  # the RPN's come first
+    pairs = (boxes, of_rois[: len(boxes)]), (masks, of_rois[len(boxes) :])
+    zero = features[0].new_zeros(())
+    return torch.stack(
+        [
+            relative_error(tuple(c.values for c in ours), tuple(c.values for c in wanted)) if ours else zero
+            for ours, wanted in pairs
+        ]
+    )
 
 
 def divergence(components: Sequence[Component], full: Sequence[Component]) -> Tensor:
@@ -235,6 +261,17 @@ def _heads(module: nn.Module) -> list[nn.Module]:
 
 def _stage(roi_head: nn.Module, forward: object, stage: int, features: Sequence[Tensor], rois: Tensor) -> dict:
     return forward(stage, features, rois) if isinstance(roi_head, CascadeRoIHead) else forward(features, rois)
+
+
+def _roi_components(
+    roi_head: nn.Module, features: Sequence[Tensor], regions: Regions
+) -> tuple[list[Component], list[Component]]:
+    """What all box stages put out at these regions, and all mask stages."""
+    boxes: list[Component] = []
+    for stage, (head, rois) in enumerate(zip(_heads(roi_head.bbox_head), regions.boxes, strict=True)):
+        out = _stage(roi_head, roi_head._bbox_forward, stage, features, rois)
+        boxes += _box_components(head, out["cls_score"], out["bbox_pred"], rois, _stage_weight(roi_head, stage))
+    return boxes, _mask_components(roi_head, features, regions) if roi_head.with_mask else []
 
 
 def _mask_components(roi_head: nn.Module, features: Sequence[Tensor], regions: Regions) -> list[Component]:
