@@ -55,7 +55,7 @@ class GLFQ(BlockReconstruction):
     def forwards(self, calib_size: int, detector: bool) -> float:
         """See `iasvit.methods.Method`; for a detector also its heads behind each block, and its neck's steps."""
         steps = self.settings().iterations * self.batch_size
-        return super().forwards(calib_size, detector) + (32 * steps if detector else 0)
+        return super().forwards(calib_size, detector) + (12 * steps if detector else 0)
 
     def transform(self, model: nn.Module, images: ActivationStore, progress: Progress) -> nn.Module:
         """See `BlockReconstruction`."""

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import tiny_detectors
 import torch
-from mmdet.structures.bbox import bbox2roi
 from torch import Tensor, nn
 
 from baselines.glf_q import GLFQ
@@ -173,7 +172,8 @@ def test_the_neck_learns_what_it_puts_out_in_full_precision_and_the_heads_stay()
 
 def test_the_method_learns_blocks_and_neck_and_calibrates_the_heads() -> None:
     model = tiny_detectors.detector().requires_grad_(False)
-    method = GLFQ(iterations=2, batch_size=2, init_size=3, lr=1e-2, rotation=False, relu=False, initialisation="observed")
+    options = {"batch_size": 2, "init_size": 3, "lr": 1e-2, "initialisation": "observed"}
+    method = GLFQ(**options, rotation=False, relu=False)
     learnt, calibrated = (
         replace(method, iterations=n).quantize(model, images(3), QuantSpec.parse("W4A4"), Progress()) for n in (2, 0)
     )
