@@ -33,7 +33,6 @@ PAPER = Profile(
     iterations=1000,
     iterations_6_bits=200,
     lr=4e-5,
-    fast={"iterations": 150, "iterations_6_bits": 30, "stage1_share": 0.25, "lr": 4e-4},
 )
 MINI = Profile(
     ("deit_t", "swin_t"),
