@@ -127,7 +127,7 @@ def test_every_method_names_the_layer_whose_values_are_not_finite(vit: nn.Module
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        ({"steps": 3}, "no option 'steps'; it knows iterations, batch_size, lr, seed"),
+        ({"steps": 3}, "no option 'steps'; it knows iterations, batch_size, lr, stage1_share, seed"),
         ({"method": "nope"}, "'nope' is not registered; the registered ones are adalog, adalog_retrained, aphq_vit"),
         ({"method": "ias_vit[-nope]"}, "no ingredient 'nope' to leave out; it has sulq, sos"),
         ({"spec": "W3"}, "'W3'.*such as W3A3"),
