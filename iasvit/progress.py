@@ -58,6 +58,7 @@ class Progress:
     """
 
     LINE_EVERY = 20.0  # seconds between plain lines when standard error is no terminal
+    SAVE_EVERY = 10.0  # least seconds between records: one of a ViT-S takes as long as 200 steps of a block on a GPU
 
     def __init__(self, label: str = "", checkpoint: Path | None = None, quiet: bool = True) -> None:
         self.label = label
@@ -66,6 +67,7 @@ class Progress:
         self.seconds: dict[str, float] = {}
         self._running: list[str] = []  # phases, the innermost last
         self._charged = 0.0  # the time up to which seconds holds what was spent
+        self._saved = 0.0  # when the last record was written
 
     @contextmanager
     def phase(self, name: str, total: int = 0) -> Iterator[tqdm]:
@@ -100,6 +102,9 @@ class Progress:
     def save(self, step: int, state: dict[str, torch.Tensor]) -> None:
         """Record that steps 0 … `step` are done, with the tensors to go on from. Atomic; the older record goes.
 
+        The first call writes, and a later one if SAVE_EVERY seconds have passed: a resumed run repeats no more than
+        these.
+
         Raises:
             CheckpointError: the folder cannot be written.
         """
@@ -108,6 +113,8 @@ class Progress:
             distributed.first(lambda: self._write(self.checkpoint, step, state))
 
     def _write(self, folder: Path, step: int, state: dict[str, torch.Tensor]) -> None:
+        if self._saved and self._charged - self._saved < self.SAVE_EVERY:
+            return
         target = folder / "checkpoint.safetensors"
         metadata = {"step": str(step), "seconds": json.dumps(self.seconds)}
         try:
@@ -119,6 +126,7 @@ class Progress:
             raise CheckpointError(
                 f"{target} cannot be written: {reason(error)}; free space or run in another folder"
             ) from error
+        self._saved = self._charged
 
     def restore(self) -> tuple[int, dict[str, torch.Tensor]] | None:
         """The last record as (step, tensors), or None; the seconds spent before are added to this run's."""

@@ -158,6 +158,12 @@ def share_code(model: nn.Module) -> None:
             module.__class__ = classes.setdefault(module.code, type(module))
 
 
+def worth_compiling(segment: Segment) -> bool:
+    """Whether a segment has attention. Others, such as a patch embedding or a head, have little to fuse, and to trace
+    one takes as long as several hundred steps gain."""
+    return any(isinstance(module, fx.GraphModule) for _, root in segment.modules for module in root.modules())
+
+
 def optimize(
     run: Callable[[Activation], Activation],
     parameters: Sequence[nn.Parameter],

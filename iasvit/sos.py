@@ -26,7 +26,7 @@ from iasvit.nn import quantizers_of
 from iasvit.options import MemoryBudget, OneOf, Range, check_fields
 from iasvit.progress import Progress, fingerprint
 from iasvit.quantizers import SOFTMAX_QUANTIZERS, WEIGHT_PERCENTILES, Quantizer, UniformQuantizer
-from iasvit.reconstruction import SegmentJob, optimize, share_code, stream
+from iasvit.reconstruction import SegmentJob, optimize, share_code, stream, worth_compiling
 from iasvit.reparam import reparameterize
 from iasvit.spec import QuantSpec
 
@@ -74,7 +74,7 @@ class IASViT:
 
     Options:
         recipe: what iterations and lr are where they are not given. "paper": 1000 steps of a stage below 6 bits and
-            200 from 6 bits on, from 4e-5 on. "fast": a fifth of the steps, from ten times that on; on a real ViT as
+            200 from 6 bits on, from 4e-5 on. "fast": 15% of the steps, from ten times that on; on a real ViT as
             accurate as the paper's (docs/real-vit.md).
         iterations: optimization steps of a stage, if stages 1 and 3 have equally many.
         batch_size: images a step.
@@ -194,7 +194,7 @@ class IASViT:
             lr=RECIPES[self.recipe].lr if self.lr is None else self.lr,
             seed=int(fingerprint(self.seed, job.index, stage), 16) % 2**63,
             autocast=self.autocast,
-            compile=self.compile,
+            compile=self.compile and worth_compiling(job.segment),
             bar=job.bar,
         )
 

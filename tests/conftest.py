@@ -10,11 +10,14 @@ import torch
 from hypothesis import settings
 from torch import Tensor, nn
 
+from iasvit.progress import Progress
+
 os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start
 torch.set_num_threads(1)  # sums in one order: what is compared bit for bit must not depend on the machine's cores
 settings.register_profile("iasvit", deadline=None, max_examples=50, derandomize=True)
 settings.register_profile("deep", deadline=None, max_examples=3000)  # pytest --hypothesis-profile=deep
 settings.load_profile("iasvit")
+Progress.SAVE_EVERY = 0.0  # tests interrupt and resume work that takes less than a second
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from iasvit.calibration import tensors
 from iasvit.models import Activation, Segment
 from iasvit.nn import QuantLayer, QuantMatMul
 from iasvit.progress import fingerprint
-from iasvit.reconstruction import SegmentJob
+from iasvit.reconstruction import SegmentJob, worth_compiling
 from iasvit.steps import Group, minimise
 
 REGULARISER = 0.01  # weight of AdaRound's, as published
@@ -126,7 +126,7 @@ def reconstruct(job: SegmentJob, teacher: Teacher, loss: Loss, settings: Setting
     if settings.head_divergence and job.index + 1 == len(teacher.chain) and len(targets.shape_of(0)) == 1:
         loss = Divergence()
     device = targets.device
-    call = caller(settings.compile)
+    call = caller(settings.compile and worth_compiling(job.segment))
     parts = learning(
         job.segment,
         adaround=settings.adaround,

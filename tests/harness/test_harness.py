@@ -410,6 +410,19 @@ def test_a_phase_inside_another_counts_for_itself_and_the_checkpoint_knows_a_run
     assert resumed.seconds == {"outer": 3, "inner": 4}
 
 
+def test_a_record_is_written_first_and_then_where_seconds_have_passed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter([100.0, 105.0, 110.0, 119.9])
+    monkeypatch.setattr("iasvit.progress.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr(Progress, "SAVE_EVERY", 10.0)
+    progress, steps = Progress(checkpoint=tmp_path / "j"), []
+    for step in range(4):
+        progress.save(step, {"x": torch.zeros(1)})
+        steps.append(Progress(checkpoint=tmp_path / "j").restore()[0])
+    assert steps == [0, 0, 2, 2]
+
+
 def test_a_log_gets_whole_lines_and_none_for_short_phases(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
