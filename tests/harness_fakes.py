@@ -24,6 +24,7 @@ from iasvit.spec import QuantSpec
 
 Progress.SAVE_EVERY = 0.0  # in processes that tests start, too
 
+
 class FakeTask(Task):
     """A ViT of one tiny block on random images; counts what it is asked for."""
 
