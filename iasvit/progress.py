@@ -102,8 +102,8 @@ class Progress:
     def save(self, step: int, state: dict[str, torch.Tensor]) -> None:
         """Record that steps 0 … `step` are done, with the tensors to go on from. Atomic; the older record goes.
 
-        The first call writes, and a later one if SAVE_EVERY seconds have passed: a resumed run repeats no more than
-        these.
+        The first call writes, and a later one only if SAVE_EVERY seconds have passed since. So a resumed run repeats
+        these seconds and the step that was interrupted, at most.
 
         Raises:
             CheckpointError: the folder cannot be written.

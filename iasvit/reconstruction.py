@@ -159,8 +159,8 @@ def share_code(model: nn.Module) -> None:
 
 
 def worth_compiling(segment: Segment) -> bool:
-    """Whether a segment has attention. Others, such as a patch embedding or a head, have little to fuse, and to trace
-    one takes as long as several hundred steps gain."""
+    """Whether a segment has attention. Others, such as a patch embedding or a head, have little to fuse: tracing one
+    takes longer than its compiled steps save."""
     return any(isinstance(module, fx.GraphModule) for _, root in segment.modules for module in root.modules())
 
 
