@@ -121,7 +121,7 @@ def _usual_modes(device: torch.device) -> Iterator[None]:
     """
     dtype = torch.get_default_dtype()
     current = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-    # Not torch.get_default_device, which fails in torch 2.6 to 2.8 after set_default_device(None).
+    # Not torch.get_default_device, which fails in torch 2.7 and 2.8 after set_default_device(None).
     default = nullcontext() if torch.empty(0).device.type == "cpu" else torch.device("cpu")
     torch.set_default_dtype(torch.float32)
     try:

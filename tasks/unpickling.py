@@ -78,8 +78,8 @@ def load_tensors(path: Path) -> Any:
         IasvitError: the file is no such, or holds an object of another class; the message names the class.
     """
     try:
-        with torch.serialization.safe_globals(_STAND_INS):
-            return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_STAND_INS), path.open("rb") as file:  # a path's suffix is not its format
+            return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged bytes raise whatever their reader stumbles over
         text = str(error)
         if name := re.search(r"GLOBAL (\S+) (?:was not an allowed|whose module)", text):

@@ -40,7 +40,9 @@ class Uniform:
     zero_point: Tensor
 
     def codes(self, x: Tensor) -> Tensor:
-        return torch.clamp(rounded(x / self.scale) + self.zero_point, 0, 2**self.bits - 1)
+        codes, top = rounded(x / self.scale) + self.zero_point, 2**self.bits - 1
+        outside = (codes < 0) | (codes > top)  # the ends are not: there torch's own clamp has no gradient from 2.15 on
+        return torch.where(outside, codes.detach().clamp(0, top), codes)
 
     def __call__(self, x: Tensor) -> Tensor:
         return (self.codes(x) - self.zero_point) * self.scale

@@ -23,6 +23,11 @@ def rounded(x: Tensor) -> Tensor:
     return x + (x.round() - x).detach()
 
 
+def clamped(x: Tensor, low: float, high: float) -> Tensor:
+    """clamp(x, low, high), with a gradient of 1 at the ends too. Codes lie there, and from 2.15 on torch's own is 0."""
+    return torch.where((x < low) | (x > high), x.detach().clamp(low, high), x)
+
+
 class AdaRound(nn.Module):
     """A weight whose rounding, down or up, is learnt (AdaRound, arXiv:2004.10568, eq. 22 to 24).
 
@@ -52,14 +57,14 @@ class AdaRound(nn.Module):
 
     def up(self) -> Tensor:
         """h(α), in [0, 1]."""
-        return (torch.sigmoid(self.alpha) * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
+        return clamped(torch.sigmoid(self.alpha) * (ZETA - GAMMA) + GAMMA, 0, 1)
 
     def forward(self, weight: Tensor) -> Tensor:
         """The weight, softly rounded."""
         return self._values(self.up())
 
     def _values(self, up: Tensor) -> Tensor:
-        codes = (self.floor + up + self.zero_point).clamp(0, self.most)
+        codes = clamped(self.floor + up + self.zero_point, 0, self.most)
         return (codes - self.zero_point) * self.scale
 
     def regulariser(self, beta: Tensor | float) -> Tensor:
@@ -106,7 +111,7 @@ class LearntScale(nn.Module):
             shape = [1] * x.ndim
             shape[self.channel_dim] = -1
             scale, zero_point = scale.view(shape), zero_point.view(shape)
-        codes = (rounded(x / scale) + zero_point).clamp(0, self.most)
+        codes = clamped(rounded(x / scale) + zero_point, 0, self.most)
         return (codes - zero_point) * scale
 
 
