@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import tiny_models
@@ -18,6 +19,13 @@ settings.register_profile("iasvit", deadline=None, max_examples=50, derandomize=
 settings.register_profile("deep", deadline=None, max_examples=3000)  # pytest --hypothesis-profile=deep
 settings.load_profile("iasvit")
 Progress.SAVE_EVERY = 0.0  # tests interrupt and resume work that takes less than a second
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Take back the threads that a command run by a test has set: the tests after it count on one."""
+    yield
+    torch.set_num_threads(1)
 
 
 @pytest.fixture
