@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 
@@ -19,6 +20,12 @@ settings.register_profile("iasvit", deadline=None, max_examples=50, derandomize=
 settings.register_profile("deep", deadline=None, max_examples=3000)  # pytest --hypothesis-profile=deep
 settings.load_profile("iasvit")
 Progress.SAVE_EVERY = 0.0  # tests interrupt and resume work that takes less than a second
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Leave the million objects of imported modules to no collection of garbage: it saves a fifth of all tests' time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
