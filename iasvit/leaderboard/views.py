@@ -106,7 +106,7 @@ def _measured(document: Document) -> list[Value]:
                     error=_number(cell.get(metric.standard_error, float("nan"))),
                     gap=_number(value - cell.get(f"fp_{metric.name}", float("nan"))),
                     seeds=int(cell["n"]),
-                    images=document.data[0],
+                    images=int(document.data[0]),
                     seconds=_number(cell["quantization_seconds"]),
                     device="" if failed else cell["device"],
                     settings=cell["settings"].replace(";", ", "),

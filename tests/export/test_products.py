@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("onnxruntime", reason="the extra export is not installed")
 
-from graphs import run
+from graphs import run, skip_without_convolutions
 from torch import nn
 
 from iasvit.export.graph import Graph
@@ -108,6 +108,8 @@ def test_the_constant_of_sulq_is_a_column_sum() -> None:
 @pytest.mark.parametrize("geometry", [{"padding": 1}, {"stride": 2}, {"padding": 1, "groups": 2}])
 @pytest.mark.parametrize("target", ["onnxruntime", "openvino"])
 def test_convolutions(geometry: dict, target: str) -> None:
+    if target == "onnxruntime":
+        skip_without_convolutions()
     torch.manual_seed(0)
     conv = nn.Conv2d(4, 6, 3, **geometry).requires_grad_(False)
     layer = QuantConv2d.from_float(conv, UniformQuantizer(4, channel_dim=0), uniform(4, 0.3, 6))
