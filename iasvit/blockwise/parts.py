@@ -24,7 +24,10 @@ def rounded(x: Tensor) -> Tensor:
 
 
 def clamped(x: Tensor, low: float, high: float) -> Tensor:
-    """clamp(x, low, high), with a gradient of 1 at the ends too. Codes lie there, and from 2.15 on torch's own is 0."""
+    """clamp(x, low, high), of x's shape and type, with a gradient of 1 at the ends too.
+
+    Codes lie on the ends, and there torch.clamp has no gradient from torch 2.15 on.
+    """
     return torch.where((x < low) | (x > high), x.detach().clamp(low, high), x)
 
 
