@@ -23,7 +23,7 @@ Progress.SAVE_EVERY = 0.0  # tests interrupt and resume work that takes less tha
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Leave the objects of imported modules, a million, to no collection of garbage: it saves a fifth of the time."""
+    """Keep the garbage collector away from the million objects of imported modules: a fifth of the time is saved."""
     gc.collect()
     gc.freeze()
 
