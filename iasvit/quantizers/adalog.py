@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from iasvit.quantizers.base import Quantizer
-from iasvit.quantizers.evaluation import Curve
 from iasvit.quantizers.log2 import power_of_two, require_non_negative
 from iasvit.quantizers.pool import Pool
 from iasvit.quantizers.search import ACTIVATION_PERCENTILES, upper_quantiles
@@ -38,7 +37,7 @@ class AdaLogQuantizer(Quantizer):
 
     kind: ClassVar[str] = "adalog"
     parameters_: ClassVar[tuple[str, ...]] = ("scale", "exponent")
-    monotone: ClassVar[bool] = True
+    log_domain: ClassVar[bool] = True
     shift: ClassVar[float] = 0.0  # added to a value before, taken away from what its code stands for
 
     def __init__(self, n_bits: int, percentiles: Sequence[float] = ACTIVATION_PERCENTILES) -> None:
@@ -85,8 +84,8 @@ class AdaLogQuantizer(Quantizer):
         table = torch.nn.functional.pad(table, (0, 1), value=torch.nan)  # NaN stays NaN
         return table[codes.nan_to_num(self.n_levels).to(torch.int64)]
 
-    def _curve(self) -> Curve:
-        return Curve(log=True, shift=self.shift)
+    def _log_shift(self) -> float:
+        return self.shift
 
     def _ste(self, x: Tensor, values: Tensor) -> Tensor:
         # As log2: x̂ / x with the rounding passed through; 0 where x is clamped and where x̂ = 0.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from iasvit.errors import IasvitError
 from iasvit.quantizers import kernels
-from iasvit.quantizers.evaluation import LEAST, PIECE, Curve, Steps, look_up, pieces, step_function
+from iasvit.quantizers.evaluation import LEAST, PIECE, Steps, look_up, pieces, step_function
 from iasvit.quantizers.pool import Pool
 
 CONFIG_KEY = "config"
@@ -28,8 +28,8 @@ class Quantizer(nn.Module):
 
     Subclasses name in `parameters_` the buffers that `calibrate` fills, in `integers` those that are int32, in
     `positive` those that are above 0, and in `config` what else rebuilds them. One whose parameters are scalars, and
-    whose codes never turn back from one float to the next, may say so in `monotone`: an evaluation on a CPU then looks
-    values up in a table, if their thresholds are roughly evenly spaced along `_curve`.
+    whose codes never turn back from one float to the next, may say in `log_domain` that its thresholds are roughly
+    evenly spaced along log2(x + `_log_shift`): an evaluation on a CPU then looks values up in a table.
 
     Args:
         n_bits: bits of a code, 2 to 8.
@@ -39,7 +39,7 @@ class Quantizer(nn.Module):
     parameters_: ClassVar[tuple[str, ...]]
     integers: ClassVar[tuple[str, ...]] = ("zero_point", "exponent")
     positive: ClassVar[tuple[str, ...]] = ("scale", "exponent")
-    monotone: ClassVar[bool] = False
+    log_domain: ClassVar[bool] = False
 
     def __init__(self, n_bits: int) -> None:
         super().__init__()
@@ -169,7 +169,10 @@ class Quantizer(nn.Module):
 
     def _evaluate_in_order(self, x: Tensor) -> Tensor:
         steps = self._step_function(x)[0]
-        return _FakeQuantize.apply(x, self) if steps is None else look_up(x, steps, self._fake_quantize)
+        if steps is not None:
+            return look_up(x, steps, self._fake_quantize)
+        fused = self._fused(x.contiguous(), gradient=False) if kernels.serve(x) else None
+        return _FakeQuantize.apply(x, self) if fused is None else fused[0]
 
     def _step_function(self, x: Tensor) -> tuple[Steps | None, tuple[float, float, float] | None]:
         """See `step_function` and `_log_bounds`; computed again where the parameters have changed.
@@ -177,17 +180,17 @@ class Quantizer(nn.Module):
         None where it does not take x, or is no faster than the formula.
         """
         many = torch.get_num_threads() > kernels.THREADS  # share the formula, and do not share a look-up
-        if not self.monotone or x.dtype != torch.float32 or x.numel() < LEAST or many:
+        if not self.log_domain or x.dtype != torch.float32 or x.numel() < LEAST or many:
             return None, None
         buffers: dict[str, Any] = self._buffers
         key = self.config(), [buffers[name].item() for name in self.parameters_]
         if self._table is None or self._table[0] != key:
-            self._table = key, (step_function(self._codes, self._values, self._curve()), self._log_bounds())
+            self._table = key, (step_function(self._codes, self._values, self._log_shift()), self._log_bounds())
         return self._table[1]
 
-    def _curve(self) -> Curve:
-        """The curve along which the thresholds are roughly evenly spaced: x itself unless a subclass overrides it."""
-        return Curve(log=False)
+    def _log_shift(self) -> float:
+        """η of a quantizer in the log domain, whose thresholds are roughly evenly spaced along log2(x + η)."""
+        return 0.0
 
     def _fused(self, x: Tensor, gradient: bool) -> tuple[Tensor, Tensor | None] | None:
         """_fake_quantize of x, and _ste where that is wanted, to the bit, for an x that `kernels.serve` takes.

@@ -1,9 +1,9 @@
 """Fake quantization on a CPU where no gradient is wanted: as few passes over the data as give the very same values.
 
 A quantizer of one scale is a function of one float32 that is constant from one threshold to the next. Where the
-thresholds lie evenly along a curve, one line gives the code of each value, or the code before it; one comparison with
-the threshold between the two decides. So log2, log-sqrt2, AdaLog, SULQ and both twins cost alike, whatever their
-formulas.
+thresholds lie evenly along log2(x + shift), one line gives the code of each value, or the code before it; one
+comparison with the threshold between the two decides. So log2, log-sqrt2, AdaLog and SULQ cost alike, whatever their
+formulas. The curve is by octaves of straight lines: the bits of the float x + shift.
 """
 
 from __future__ import annotations
@@ -35,54 +35,41 @@ def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     return zip(*(t.split(max(1, size * rows // t.numel())) for t in tensors), strict=True)
 
 
-class Curve(NamedTuple):
-    """A curve along which a quantizer's thresholds are evenly spaced.
-
-    Attributes:
-        log: whether along log2(x + shift), by octaves of straight lines, that is the bits of the float x + shift; else
-            along x.
-        shift: see `log`.
-        limit: the steps are of one width below it, and of another from it on.
-    """
-
-    log: bool
-    shift: float = 0.0
-    limit: float = -torch.inf
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Where x (float32) lies on the curve: float32."""
-        return (x + self.shift).view(torch.int32).float() if self.log else x
-
-
 class Steps(NamedTuple):
     """A function of one float32 that is constant from one threshold to the next.
 
     Attributes:
         thresholds: float32, ascending, and NaN behind the last of them up to one of `kernels.SIZES`.
         values: float32, as many: values[k] from thresholds[k - 1] on.
-        curve: on which slope·p + offset, cut to a whole number in [0, top], is k or k - 1 for each x of values[k].
-        lines: (slope, offset) below the curve's limit, and from it on.
+        shift: of the curve p = `_curve`(x, shift).
+        line: (slope, offset): slope·p + offset, cut to a whole number in [0, top], is k or k - 1 for each x of
+            values[k].
         top: the last number.
         least: the function is known from it on.
     """
 
     thresholds: Tensor
     values: Tensor
-    curve: Curve
-    lines: tuple[tuple[float, float], tuple[float, float]]
+    shift: float
+    line: tuple[float, float]
     top: int
     least: float
 
 
+def _curve(x: Tensor, shift: float) -> Tensor:
+    """Where x (float32) lies on the curve along which thresholds are evenly spaced: float32."""
+    return (x + shift).view(torch.int32).float()
+
+
 def step_function(
-    codes_of: Callable[[Tensor], Tensor], values_of: Callable[[Tensor], Tensor], curve: Curve
+    codes_of: Callable[[Tensor], Tensor], values_of: Callable[[Tensor], Tensor], shift: float
 ) -> Steps | None:
     """The steps of values_of(codes_of(x)); None where they are not evenly spaced along the curve, or not float32.
 
     Args:
         codes_of: code of each float32; from one float to the next it never turns back. NaN where there is none.
         values_of: value of each code.
-        curve: along which the thresholds are evenly spaced to within half a step.
+        shift: of the curve along which the thresholds are evenly spaced to within half a step.
     """
     low = 0 if codes_of(_floats(torch.tensor([-_LARGEST]))).isnan() else -_LARGEST
     first, last = codes_of(_floats(torch.tensor([low, _LARGEST]))).tolist()
@@ -108,7 +95,7 @@ def step_function(
         levels = torch.cat([values[:-1][kept], values[-1:]])
         if len(levels) > kernels.SIZES[-1]:
             continue
-        steps = _along(curve, above[kept], levels, -torch.inf if start < 0 else _floats(torch.tensor(start)).item())
+        steps = _along(shift, above[kept], levels, -torch.inf if start < 0 else _floats(torch.tensor(start)).item())
         known = x >= steps.least
         if torch.equal(look_up(x[known], steps, lambda rest: rest), expected[known]):
             return steps
@@ -120,30 +107,28 @@ def _floats(numbers: Tensor) -> Tensor:
     return torch.where(numbers >= 0, numbers, -(2**31) - numbers).to(torch.int32).view(torch.float32)
 
 
-def _along(curve: Curve, numbers: Tensor, values: Tensor, least: float) -> Steps:
-    """Steps at the floats of these numbers, with the lines that fit best."""
+def _along(shift: float, numbers: Tensor, values: Tensor, least: float) -> Steps:
+    """Steps at the floats of these numbers, with the line that fits best."""
     thresholds, count = _floats(numbers), len(numbers)
     size = next(size for size in kernels.SIZES if size > count)
     # From threshold k on, counted from 0, the line is to be k at least, and less than k + 1 at the float before it.
     ends = torch.stack([thresholds, _floats(numbers - 1)])
     wanted = torch.stack([torch.searchsorted(numbers, numbers, right=True) - 1, torch.searchsorted(numbers, numbers)])
-    parts = (thresholds < curve.limit, 0), (thresholds > curve.limit, count)
-    lines = [_line(curve(ends[:, part]).double(), wanted[:, part] + 0.5, flat) for part, flat in parts]
     more = size - count
     return Steps(
         torch.nn.functional.pad(thresholds, (0, more), value=torch.nan),
         torch.cat([values, values[-1:].expand(more - 1)]),
-        curve,
-        (lines[0], lines[1]),
+        shift,
+        _line(_curve(ends, shift).double(), wanted + 0.5),
         max(count - 1, 0),
         least,
     )
 
 
-def _line(p: Tensor, wanted: Tensor, flat: float) -> tuple[float, float]:
+def _line(p: Tensor, wanted: Tensor) -> tuple[float, float]:
     """Slope and offset of the line through (p, wanted), by least squares, moved to the middle of where it may lie."""
     if not p.numel():
-        return 0.0, flat
+        return 0.0, 0.0
     alone = wanted[0] == wanted[1]  # several thresholds that share a float lie elsewhere
     some_p, some_wanted = p[:, alone], wanted[:, alone]
     centred = some_p - some_p.mean()
@@ -171,11 +156,7 @@ def look_up(x: Tensor, steps: Steps, compute: Callable[[Tensor], Tensor]) -> Ten
 
 def _look_up(x: Tensor, steps: Steps, out: Tensor) -> None:
     """What the loop in C computes, by torch's operators."""
-    (slope_below, below), (slope, offset) = steps.lines
-    p = steps.curve(x)
-    line = p.mul(slope).add_(offset)
-    if steps.curve.limit > -torch.inf:
-        line = torch.where(x < steps.curve.limit, p.mul(slope_below).add_(below), line)
-    at = line.clamp_(0, steps.top).nan_to_num_(0.0).to(torch.int32).view(-1)
+    slope, offset = steps.line
+    at = _curve(x, steps.shift).mul_(slope).add_(offset).clamp_(0, steps.top).nan_to_num_(0.0).to(torch.int32).view(-1)
     at += x.view(-1) >= steps.thresholds.index_select(0, at)
     torch.index_select(steps.values, 0, at, out=out.view(-1))

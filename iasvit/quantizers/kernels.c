@@ -44,6 +44,19 @@ void uniform_runs(const float *restrict x, const float *restrict s, const int32_
     }
 }
 
+// Steps of `fine` below `limit`, and of `coarse` from it on.
+void twin(const float *restrict x, float fine, float coarse, float limit, float z, float top, int64_t count,
+          float *restrict values, uint8_t *restrict inside) {
+    if (inside)
+        for (int64_t i = 0; i < count; i++) {
+            const float s = x[i] < limit ? fine : coarse, value = round_trip(x[i], s, z, top);
+            inside[i] = fabsf(x[i] - value) <= reach(s);
+            values[i] = value;
+        }
+    else
+        for (int64_t i = 0; i < count; i++) values[i] = round_trip(x[i], x[i] < limit ? fine : coarse, z, top);
+}
+
 // A scale for each of `channels` values that lie side by side, and that `outer` times.
 void uniform_columns(const float *restrict x, const float *restrict s, const int32_t *restrict z, float top,
                      int64_t outer, int64_t channels, float *restrict values, uint8_t *restrict inside) {
@@ -69,26 +82,20 @@ void masked(const float *restrict gradient, const uint8_t *restrict inside, int6
 
 typedef struct {
     const float *thresholds, *values;
-    float shift, limit, below_slope, below, slope, offset, top, least;
+    float shift, slope, offset, top, least;
 } table;
 
-static inline __attribute__((always_inline)) int look_up_plain(const float *restrict x, const table *t, int is_log,
-                                                               int64_t count, float *restrict values) {
+static int look_up_plain(const float *restrict x, const table *t, int64_t count, float *restrict values) {
     enum { PART = 256 };
     int32_t near[PART];
     int unknown = 0;
     for (int64_t start = 0; start < count; start += PART) {
         const int64_t end = start + PART < count ? start + PART : count;
         for (int64_t i = start; i < end; i++) {
-            const int low = !is_log && x[i] < t->limit;
-            float line = x[i];
-            if (is_log) {
-                const float shifted = x[i] + t->shift;
-                int32_t bits;
-                memcpy(&bits, &shifted, sizeof bits);
-                line = (float)bits;
-            }
-            line = line * (low ? t->below_slope : t->slope) + (low ? t->below : t->offset);
+            const float shifted = x[i] + t->shift;
+            int32_t bits;
+            memcpy(&bits, &shifted, sizeof bits);
+            float line = (float)bits * t->slope + t->offset;
             line = line > 0.0f ? line : 0.0f; // NaN is 0
             near[i - start] = (int32_t)(line < t->top ? line : t->top);
             unknown |= !(x[i] >= t->least);
@@ -139,24 +146,16 @@ static inline floats cut(floats x, floats top) {
 #endif
 
 // The index of each x, or the one before it.
-static inline ints near(floats x, const table *t, int is_log) {
-    const floats zero = {0};
-    floats line;
-    if (is_log) {
-        const floats shifted = x + t->shift;
-        line = __builtin_convertvector((ints)shifted, floats) * t->slope + t->offset;
-    } else {
-        const ints low = x < t->limit, slope = (ints)(zero + t->slope), offset = (ints)(zero + t->offset);
-        const ints below_slope = (ints)(zero + t->below_slope), below = (ints)(zero + t->below);
-        line = x * (floats)((low & below_slope) | (~low & slope)) + (floats)((low & below) | (~low & offset));
-    }
+static inline ints near(floats x, const table *t) {
+    const floats zero = {0}, shifted = x + t->shift;
+    const floats line = __builtin_convertvector((ints)shifted, floats) * t->slope + t->offset;
     return __builtin_convertvector(cut(line, zero + t->top), ints);
 }
 
-static inline ints look_up_few(const float *from, const table *t, int is_log, int size, float *to) {
+static inline ints look_up_few(const float *from, const table *t, int size, float *to) {
     floats x;
     memcpy(&x, from, sizeof x);
-    ints at = near(x, t, is_log);
+    ints at = near(x, t);
     at -= x >= pick(t->thresholds, at, size); // true is -1
     const floats value = pick(t->values, at, size);
     memcpy(to, &value, sizeof value);
@@ -196,12 +195,12 @@ static inline void pick_many(const planes *table, const ints at[4], floats found
     }
 }
 
-static inline ints look_up_many(const float *from, const table *t, int is_log, const planes *thresholds,
-                                const planes *values, float *to) {
+static inline ints look_up_many(const float *from, const table *t, const planes *thresholds, const planes *values,
+                                float *to) {
     floats x[4], found[4];
     ints at[4], unknown = {0};
     memcpy(x, from, sizeof x);
-    for (int i = 0; i < 4; i++) at[i] = near(x[i], t, is_log);
+    for (int i = 0; i < 4; i++) at[i] = near(x[i], t);
     pick_many(thresholds, at, found);
     for (int i = 0; i < 4; i++) at[i] -= x[i] >= found[i], unknown |= ~(x[i] >= t->least);
     pick_many(values, at, found);
@@ -210,10 +209,10 @@ static inline ints look_up_many(const float *from, const table *t, int is_log, c
 }
 #endif
 
-static inline __attribute__((always_inline)) int look_up_all(const float *x, const table *t, int is_log, int size,
-                                                             int64_t count, float *values) {
+static inline __attribute__((always_inline)) int look_up_all(const float *x, const table *t, int size, int64_t count,
+                                                             float *values) {
 #if VECTOR == 32
-    if (size > 32) return look_up_plain(x, t, is_log, count, values); // so many permutations take longer
+    if (size > 32) return look_up_plain(x, t, count, values); // so many permutations take longer
 #endif
     ints unknown = {0};
     int64_t i = 0;
@@ -221,41 +220,34 @@ static inline __attribute__((always_inline)) int look_up_all(const float *x, con
     if (size == 256) {
         const planes thresholds = planes_of(t->thresholds), of_values = planes_of(t->values);
         for (; i + 4 * WIDTH <= count; i += 4 * WIDTH)
-            unknown |= look_up_many(x + i, t, is_log, &thresholds, &of_values, values + i);
+            unknown |= look_up_many(x + i, t, &thresholds, &of_values, values + i);
     }
 #endif
-    for (; i + WIDTH <= count; i += WIDTH) unknown |= look_up_few(x + i, t, is_log, size, values + i);
-    if (count % WIDTH) unknown |= look_up_few(x + count - WIDTH, t, is_log, size, values + count - WIDTH);
+    for (; i + WIDTH <= count; i += WIDTH) unknown |= look_up_few(x + i, t, size, values + i);
+    if (count % WIDTH) unknown |= look_up_few(x + count - WIDTH, t, size, values + count - WIDTH);
     int any = 0;
     for (int lane = 0; lane < WIDTH; lane++) any |= unknown[lane];
     return any;
 }
 #else
-#define look_up_all(x, t, is_log, size, count, values) look_up_plain(x, t, is_log, count, values)
+#define look_up_all(x, t, size, count, values) look_up_plain(x, t, count, values)
 #endif
 
-// A line tells each x, or the bits of x + shift, the index of a value or the one before it: the threshold between both
-// decides. Tables have 32, 64 or 256 entries. Returns whether there are x below `least`, or NaN. At least 16 values.
-int look_up(const float *restrict x, const float *thresholds, const float *values_of, float shift, float limit,
-            float below_slope, float below, float slope, float offset, float top, float least, int is_log, int size,
-            int64_t count, float *restrict values) {
-    const table t = {thresholds, values_of, shift, limit, below_slope, below, slope, offset, top, least};
+// A line tells the bits of x + shift the index of a value or the one before it: the threshold between both decides. Tables have 32, 64 or 256 entries. Returns whether there are x below `least`, or NaN. At least 16 values.
+int look_up(const float *restrict x, const float *thresholds, const float *values_of, float shift, float slope,
+            float offset, float top, float least, int size, int64_t count, float *restrict values) {
+    const table t = {thresholds, values_of, shift, slope, offset, top, least};
 #if VECTOR == 32
     size = top < 8 ? 8 : top < 16 ? 16 : size; // no entry behind `top` is read
 #endif
-    switch (2 * size + (is_log != 0)) { // with constants, for each of which the loop is unrolled
+    switch (size) { // with constants, for each of which the loop is unrolled
 #if VECTOR == 32
-    case 16: return look_up_all(x, &t, 0, 8, count, values);
-    case 17: return look_up_all(x, &t, 1, 8, count, values);
-    case 32: return look_up_all(x, &t, 0, 16, count, values);
-    case 33: return look_up_all(x, &t, 1, 16, count, values);
+    case 8: return look_up_all(x, &t, 8, count, values);
+    case 16: return look_up_all(x, &t, 16, count, values);
 #endif
-    case 64: return look_up_all(x, &t, 0, 32, count, values);
-    case 65: return look_up_all(x, &t, 1, 32, count, values);
-    case 128: return look_up_all(x, &t, 0, 64, count, values);
-    case 129: return look_up_all(x, &t, 1, 64, count, values);
-    case 512: return look_up_all(x, &t, 0, 256, count, values);
-    default: return look_up_all(x, &t, 1, 256, count, values);
+    case 32: return look_up_all(x, &t, 32, count, values);
+    case 64: return look_up_all(x, &t, 64, count, values);
+    default: return look_up_all(x, &t, 256, count, values);
     }
 }
 

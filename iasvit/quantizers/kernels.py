@@ -35,8 +35,9 @@ _POINTER, _COUNT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _ARGUMENTS = {
     "uniform_runs": [*[_POINTER] * 3, _FLOAT, *[_COUNT] * 3, *[_POINTER] * 2],
     "uniform_columns": [*[_POINTER] * 3, _FLOAT, *[_COUNT] * 2, *[_POINTER] * 2],
+    "twin": [_POINTER, *[_FLOAT] * 5, _COUNT, *[_POINTER] * 2],
     "masked": [*[_POINTER] * 2, _COUNT, _POINTER],
-    "look_up": [*[_POINTER] * 3, *[_FLOAT] * 8, *[ctypes.c_int] * 2, _COUNT, _POINTER],
+    "look_up": [*[_POINTER] * 3, *[_FLOAT] * 5, ctypes.c_int, _COUNT, _POINTER],
     "log_gradient": [*[_POINTER] * 3, *[_FLOAT] * 3, _COUNT, _POINTER],
 }
 
@@ -125,6 +126,20 @@ def uniform(
     return values, inside
 
 
+def twin(
+    x: Tensor, steps: tuple[float, float], limit: float, zero_point: int, top: int, mask: bool
+) -> tuple[Tensor, Tensor | None]:
+    """As `uniform`, with s = steps[0] for x below the limit, and steps[1] for others."""
+    loaded = library()
+    assert loaded is not None
+    values = torch.empty_like(x)  # without gaps in memory
+    x = x if x.stride() == values.stride() else x.clone()
+    inside = torch.empty_like(values, dtype=torch.bool) if mask else None
+    made = (values.data_ptr(), None if inside is None else inside.data_ptr())
+    loaded.twin(x.data_ptr(), *steps, limit, zero_point, top, x.numel(), *made)
+    return values, inside
+
+
 def masked(gradient: Tensor, inside: Tensor) -> Tensor | None:
     """gradient * inside, a bool mask; None where they lie in memory in different ways that torch has to reconcile."""
     loaded = library()
@@ -143,9 +158,8 @@ def look_up(x: Tensor, steps: Steps) -> tuple[Tensor, bool]:
     loaded = library()
     assert loaded is not None
     values = torch.empty_like(x)
-    curve, numbers = steps.curve, (*steps.lines[0], *steps.lines[1], float(steps.top), steps.least)
-    given = (x.data_ptr(), steps.thresholds.data_ptr(), steps.values.data_ptr(), curve.shift, curve.limit, *numbers)
-    unknown = loaded.look_up(*given, curve.log, len(steps.values), x.numel(), values.data_ptr())
+    given = (x.data_ptr(), steps.thresholds.data_ptr(), steps.values.data_ptr(), steps.shift, *steps.line)
+    unknown = loaded.look_up(*given, steps.top, steps.least, len(steps.values), x.numel(), values.data_ptr())
     return values, not unknown
 
 

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from iasvit.errors import IasvitError
 from iasvit.quantizers.base import Quantizer
-from iasvit.quantizers.evaluation import Curve
 from iasvit.quantizers.pool import Pool
 from iasvit.quantizers.search import ACTIVATION_PERCENTILES, best_candidate, upper_quantiles
 
@@ -64,7 +63,7 @@ class Log2Quantizer(Quantizer):
 
     kind: ClassVar[str] = "log2"
     parameters_: ClassVar[tuple[str, ...]] = ("scale",)
-    monotone: ClassVar[bool] = True
+    log_domain: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -103,9 +102,6 @@ class Log2Quantizer(Quantizer):
 
     def _values(self, codes: Tensor) -> Tensor:
         return self._scaled_values(codes, self.scale)
-
-    def _curve(self) -> Curve:
-        return Curve(log=True)
 
     def _ste(self, x: Tensor, values: Tensor) -> Tensor:
         # d/dx of s·2^(log2(x / s)) with the rounding passed through is x̂ / x; 0 where x is clamped and where x̂ = 0.

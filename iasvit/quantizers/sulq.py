@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from iasvit.quantizers.base import Quantizer
-from iasvit.quantizers.evaluation import Curve
 from iasvit.quantizers.log2 import require_non_negative, rounded_power_of_two_
 from iasvit.quantizers.pool import Pool
 from iasvit.quantizers.search import best_candidate
@@ -42,7 +41,7 @@ class SULQuantizer(Quantizer):
     kind: ClassVar[str] = "sulq"
     parameters_: ClassVar[tuple[str, ...]] = ("shift", "scale", "zero_point")
     positive: ClassVar[tuple[str, ...]] = ("shift", "scale")
-    monotone: ClassVar[bool] = True
+    log_domain: ClassVar[bool] = True
 
     def __init__(self, n_bits: int, shifts: Sequence[float] = SHIFTS) -> None:
         super().__init__(n_bits)
@@ -82,8 +81,8 @@ class SULQuantizer(Quantizer):
     def _fake_quantize(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         return self._fake_quantize_with(x, self.shift, self.scale, self.zero_point, out)
 
-    def _curve(self) -> Curve:
-        return Curve(log=True, shift=self.shift.item())
+    def _log_shift(self) -> float:
+        return self.shift.item()
 
     def _ste(self, x: Tensor, values: Tensor) -> Tensor:
         # With both roundings passed through, dx̂/dx = 2^-ŷ / (x + η). A value beyond the range seen in calibration is

@@ -11,8 +11,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from iasvit.quantizers import kernels
 from iasvit.quantizers.base import Quantizer
-from iasvit.quantizers.evaluation import Curve
 from iasvit.quantizers.log2 import power_of_two
 from iasvit.quantizers.pool import Pool
 from iasvit.quantizers.search import best_candidate
@@ -31,7 +31,6 @@ class TwinQuantizer(Quantizer):
     """
 
     parameters_: ClassVar[tuple[str, ...]] = ("scale", "shift")
-    monotone: ClassVar[bool] = True
     integers: ClassVar[tuple[str, ...]] = ("shift",)
 
     @property
@@ -60,6 +59,10 @@ class TwinQuantizer(Quantizer):
         """Δ₂ and m (int32) that go with a value of the step that is searched."""
         raise NotImplementedError
 
+    def _limit(self, fine: float) -> float:
+        """Where the coarse range starts, given the fine step Δ₁."""
+        raise NotImplementedError
+
     def _steps(self, x: Tensor, fine: Tensor, coarse: Tensor) -> Tensor:
         """The step of the range that each x lies in."""
         raise NotImplementedError
@@ -67,6 +70,13 @@ class TwinQuantizer(Quantizer):
     @property
     def _fine(self) -> Tensor:
         return self.scale * power_of_two(-self.shift)
+
+    def _fused(self, x: Tensor, gradient: bool) -> tuple[Tensor, Tensor | None] | None:
+        if self.scale.dtype != torch.float32:
+            return None
+        coarse, exponent = self.scale.item(), -self.shift.item()
+        fine = coarse * 2.0 ** min(exponent, 127) if exponent >= -126 else 0.0  # as `_fine`, in a tenth of the time
+        return kernels.twin(x, (fine, coarse), self._limit(fine), -self._lowest, self.half - 1 - self._lowest, gradient)
 
     def _ste(self, x: Tensor, values: Tensor) -> Tensor:
         # 1 where rounding is all that happened, 0 where x was clamped.
@@ -102,8 +112,8 @@ class TwinSoftmaxQuantizer(TwinQuantizer):
     def _steps(self, x: Tensor, fine: Tensor, coarse: Tensor) -> Tensor:
         return torch.where(x < fine * self.half, fine, coarse)
 
-    def _curve(self) -> Curve:
-        return Curve(log=False, limit=(self._fine * self.half).item())
+    def _limit(self, fine: float) -> float:
+        return fine * self.half
 
     def _codes(self, x: Tensor) -> Tensor:
         low = x < self._fine * self.half
@@ -152,8 +162,8 @@ class TwinGELUQuantizer(TwinQuantizer):
     def _steps(self, x: Tensor, fine: Tensor, coarse: Tensor) -> Tensor:
         return torch.where(x < 0, fine, coarse)
 
-    def _curve(self) -> Curve:
-        return Curve(log=False, limit=0.0)
+    def _limit(self, fine: float) -> float:
+        return 0.0
 
     def _codes(self, x: Tensor) -> Tensor:
         counts = (x / self._steps(x, self._fine, self.scale)).round_()

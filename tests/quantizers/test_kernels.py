@@ -68,7 +68,7 @@ def test_processors_without_some_instructions_give_the_same(flags: str, monkeypa
     kernels.library.cache_clear()
     if kernels.library() is None:
         pytest.skip(f"the compiler has no {flags}: another kind of processor")
-    for kind in (kind for kind in KINDS if KINDS[kind](2).monotone):
+    for kind in KINDS:
         for n_bits in range(2, 9):
             quantizer = KINDS[kind](n_bits)
             quantizer.calibrate(seen_by(kind))
@@ -80,7 +80,7 @@ def test_processors_without_some_instructions_give_the_same(flags: str, monkeypa
 
 @needs_compiler
 @pytest.mark.parametrize("n_bits", range(2, 9))
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if KINDS[kind](2).monotone])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if KINDS[kind](2).log_domain])
 def test_steps_know_every_value(kind: str, n_bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     quantizer = KINDS[kind](n_bits)
     quantizer.calibrate(seen_by(kind))
@@ -127,13 +127,13 @@ def test_steps_that_are_not_even_or_do_not_ascend_are_left_to_the_formula() -> N
     def step_function(
         codes_of: Callable[[Tensor], Tensor], values_of: Callable[[Tensor], Tensor] = Tensor.clone
     ) -> evaluation.Steps | None:
-        return evaluation.step_function(codes_of, values_of, evaluation.Curve(log=False))
+        return evaluation.step_function(codes_of, values_of, 0.0)
 
-    assert step_function(lambda x: (x / 0.3).round().clamp(0, 7)) is not None
-    assert step_function(lambda x: (x.clamp(0, 4) ** 4 / 30).round()) is None
-    assert step_function(lambda x: (x.abs() / 0.3).round().clamp(0, 7)) is None
+    assert step_function(lambda x: (-x.log2()).round().clamp(0, 7)) is not None
+    assert step_function(lambda x: (x / 0.3).round().clamp(0, 7)) is None
+    assert step_function(lambda x: x.log2().abs().round().clamp(0, 7)) is None
     assert step_function(lambda x: x * torch.nan) is None
-    assert step_function(lambda x: (x / 0.3).round().clamp(0, 7), Tensor.double) is None
+    assert step_function(lambda x: (-x.log2()).round().clamp(0, 7), Tensor.double) is None
 
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -187,9 +187,10 @@ def test_attention_maps(kind: str, size: tuple[int, int], monkeypatch: pytest.Mo
 
 
 @needs_compiler
-def test_parameters_of_another_type_are_left_to_torch() -> None:
-    quantizer = UniformQuantizer(3)
-    x = torch.randn(100, 100)
+@pytest.mark.parametrize("kind", ["uniform", "twin softmax", "twin gelu"])
+def test_parameters_of_another_type_are_left_to_torch(kind: str) -> None:
+    quantizer = KINDS[kind](3)
+    x = seen_by(kind).repeat(10, 1)
     quantizer.calibrate(x)
     quantizer.scale = quantizer.scale.double()
     assert quantizer._fused(x, gradient=True) is None
@@ -198,7 +199,7 @@ def test_parameters_of_another_type_are_left_to_torch() -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("kind", ["uniform", "sulq"])
+@pytest.mark.parametrize("kind", ["uniform", "sulq", "twin softmax", "twin gelu"])
 def test_what_has_no_memory_is_left_to_torch(kind: str) -> None:
     x = seen_by(kind, seed=1).repeat(60, 1)
     quantizer = KINDS[kind](3)
