@@ -33,6 +33,25 @@ from tasks.imagenet import ImageNetTask
 torch.set_num_threads(1)
 DEVICE = os.environ.get("IASVIT_TEST_DEVICE", "cpu")
 LEARNING = {"iterations": 4, "batch_size": 6, "lr": 1e-3}
+# What is drawn within a step is drawn by each process, so nothing is.
+BLOCKWISE = {"iterations": 4, "batch_size": 6, "lr": 0.1, "scale_lr": 1e-2, "drop": 0.0, "initialisation": "observed"}
+STRAIGHT = {**BLOCKWISE, "lr": 1e-2}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "ias_vit": LEARNING,
+    "adalog": {"rounds": 1, "steps": 1},
+    "adalog_retrained": {**BLOCKWISE, "rounds": 1, "steps": 1},
+    "aphq_vit": {**BLOCKWISE, "relu_iterations": 4},
+    "brecq": BLOCKWISE,
+    "fima_q": BLOCKWISE,
+    "glf_q": {**STRAIGHT, "rotation": False, "relu_iterations": 4},
+    "ls_vit": BLOCKWISE,
+    "qdrop": BLOCKWISE,
+    "unison": {
+        **STRAIGHT,
+        **{"initialisation": "propagated", "init_size": 8},
+        **{"joint_iterations": 4, "joint_batch_size": 6, "crop": 1.0, "flip": False},
+    },
+}
 
 
 # ---- quantize and evaluate -------------------------------------------------------------------------------------------
@@ -71,10 +90,13 @@ def task(device: torch.device) -> ImageNetTask:
 
 
 LEARNT = (("vit", "ias_vit"), ("swin", "ias_vit"))
+LEARNT_BY_BLOCK = tuple(("vit", name) for name, options in OPTIONS.items() if "drop" in options)
 CASES = (
     *(("vit", name) for name in ("rtn", "minmax", "base_ptq", "ptq4vit", "repq_vit")),
+    *(("vit", name) for name in ("gptq", "gptaq", "erq", "adalog")),
     ("swin", "ptq4vit"),
     *LEARNT,
+    *LEARNT_BY_BLOCK,
 )
 
 
@@ -83,9 +105,8 @@ def quantize_and_score(folder: Path, cases: tuple[tuple[str, str], ...] = CASES)
     with launched():
         device = torch.device(distributed.own_device(DEVICE))
         for family, method in cases:
-            options = LEARNING if method == "ias_vit" else {}
             model = tiny_models.MODELS[family]().to(device)
-            quantized = iasvit.quantize(model, tiny_models.images(), "W4A4", method, **options)
+            quantized = iasvit.quantize(model, tiny_models.images(), "W4A4", method, **OPTIONS.get(method, {}))
             found: dict[str, Any] = {"state": {name: value.cpu() for name, value in quantized.state_dict().items()}}
             if family == "vit":
                 on = task(device)
@@ -105,7 +126,7 @@ def in_halves(folder: Path) -> None:
             self.loss(half, self.number[0].to(torch.float32)).backward(self.share * (len(half) / len(indices)))
 
     steps._Step._gradients = gradients
-    quantize_and_score(folder, LEARNT)
+    quantize_and_score(folder, (*LEARNT, *LEARNT_BY_BLOCK))
 
 
 def in_graphs(folder: Path) -> None:

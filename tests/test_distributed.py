@@ -14,7 +14,7 @@ import pytest
 import tiny_models
 import torch
 from process_groups import ROOT, Ended
-from several_processes import CASES
+from several_processes import CASES, OPTIONS
 from torch import Tensor
 
 pytestmark = pytest.mark.slow
@@ -73,7 +73,7 @@ def test_two_processes_quantize_as_one_does(
 
 
 def check_same(folder: Path, family: str, method: str) -> None:
-    reference = "halves" if method == "ias_vit" else "one"
+    reference = "halves" if "iterations" in OPTIONS.get(method, {}) else "one"
     one, first, second = (
         load(folder / name, f"{family}-{method}", rank) for name, rank in ((reference, 0), ("two", 0), ("two", 1))
     )
