@@ -233,7 +233,8 @@ static inline __attribute__((always_inline)) int look_up_all(const float *x, con
 #define look_up_all(x, t, size, count, values) look_up_plain(x, t, count, values)
 #endif
 
-// A line tells the bits of x + shift the index of a value or the one before it: the threshold between both decides. Tables have 32, 64 or 256 entries. Returns whether there are x below `least`, or NaN. At least 16 values.
+// A line tells the bits of x + shift the index of a value or the one before it: the threshold between both decides.
+// Tables have 32, 64 or 256 entries. Returns whether there are x below `least`, or NaN. At least 16 values.
 int look_up(const float *restrict x, const float *thresholds, const float *values_of, float shift, float slope,
             float offset, float top, float least, int size, int64_t count, float *restrict values) {
     const table t = {thresholds, values_of, shift, slope, offset, top, least};
