@@ -129,7 +129,19 @@ def uniform(
 def twin(
     x: Tensor, steps: tuple[float, float], limit: float, zero_point: int, top: int, mask: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """As `uniform`, with s = steps[0] for x below the limit, and steps[1] for others."""
+    """`uniform` with two scales (PTQ4ViT's twin ranges): s = steps[0] for x below the limit, and steps[1] for others.
+
+    Args:
+        x: that `serve` takes.
+        steps: Δ₁ and Δ₂, float32 values.
+        limit: where the range of Δ₂ begins.
+        zero_point: z of both.
+        top: the last code.
+        mask: whether the second is wanted.
+
+    Returns:
+        As `uniform`; never None in whole.
+    """
     loaded = library()
     assert loaded is not None
     values = torch.empty_like(x)  # without gaps in memory
