@@ -39,14 +39,19 @@ class Recipe:
         iterations: steps of a stage below 6 bits, and from 6 bits on.
         lr: Adam's initial learning rate.
         stage1_share: of both stages' steps, those of stage 1.
+        softmax: the post-softmax quantizer.
     """
 
     iterations: tuple[int, int]
     lr: float
     stage1_share: float
+    softmax: str
 
 
-RECIPES = {"paper": Recipe((1000, 200), 4e-5, 0.5), "fast": Recipe((150, 30), 4e-4, 0.25)}
+RECIPES = {
+    "paper": Recipe((1000, 200), 4e-5, 0.5, "sulq"),
+    "fast": Recipe((150, 30), 4e-4, 0.25, "log2_searched"),
+}
 
 
 @dataclass
@@ -73,9 +78,10 @@ class IASViT:
     to run the three on each block in turn is the same computation, and needs one pass through the model.
 
     Options:
-        recipe: what iterations and lr are where they are not given. "paper": 1000 steps of a stage below 6 bits and
-            200 from 6 bits on, from 4e-5 on. "fast": 15% of the steps, from ten times that on; on a real ViT as
-            accurate as the paper's (docs/real-vit.md).
+        recipe: what iterations, lr, stage1_share and softmax are where they are not given. "paper": 1000 steps of a
+            stage below 6 bits and 200 from 6 bits on, from 4e-5 on, and SULQ. "fast": 15% of the steps, from ten times
+            that on, and log2 of a searched scale in place of SULQ, which needs more steps; on a real ViT as accurate as
+            the paper's (docs/real-vit.md).
         iterations: optimization steps of a stage, if stages 1 and 3 have equally many.
         batch_size: images a step.
         lr: Adam's initial learning rate.
@@ -84,7 +90,7 @@ class IASViT:
         seed: of the batches drawn.
         init_size: images that the quantizers are initialised on.
         softmax: the post-softmax quantizer, a name in `SOFTMAX_QUANTIZERS`: "sulq", or "log2", the one that the paper's
-            ablation has in place of it (ias_vit[-sulq]), or another.
+            ablation has in place of it (ias_vit[-sulq]), or another. Where not given, the recipe's.
         sos: False for direct reconstruction, per-tensor quantizers and all in one stage of twice the steps (ablation).
         autocast: learn with products in bfloat16; on a GPU faster by half.
         compile: learn with steps that torch.compile has fused; needs its compiler, and seconds for each kind of block.
@@ -97,7 +103,7 @@ class IASViT:
     stage1_share: Annotated[float | None, Range(0, 1)] = None
     seed: int = 0
     init_size: Annotated[int, Range(1)] = 64
-    softmax: Annotated[str, OneOf(SOFTMAX_QUANTIZERS)] = "sulq"
+    softmax: Annotated[str | None, OneOf(SOFTMAX_QUANTIZERS)] = None
     sos: bool = True
     autocast: bool = False
     compile: bool = False
@@ -203,7 +209,7 @@ class IASViT:
         return UniformQuantizer(site.n_bits, channel_dim=0, percentiles=WEIGHT_PERCENTILES)
 
     def activation_quantizer(self, site: Site) -> Quantizer:
-        """`softmax` (SULQ) after softmax, per channel after LayerNorm (until stage 2), per tensor elsewhere."""
+        """SULQ or `softmax` after softmax, per channel after LayerNorm (until stage 2), per tensor elsewhere."""
         if site.role == "softmax":
-            return SOFTMAX_QUANTIZERS[self.softmax](site.n_bits)
+            return SOFTMAX_QUANTIZERS[self.softmax or RECIPES[self.recipe].softmax](site.n_bits)
         return UniformQuantizer(site.n_bits, channel_dim=-1 if site.role == "norm" and self.sos else None)

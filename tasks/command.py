@@ -146,6 +146,7 @@ class Profile:
         low = min(spec.w_bits, spec.a_bits) < 6
         iterations = self.iterations if low else self.iterations_6_bits
         options = {
+            "recipe": self.recipe if self.recipe == "fast" else None,
             "iterations": iterations,
             "stage1_share": self.stage1_share,
             "batch_size": self.batch_size,

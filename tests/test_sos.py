@@ -249,6 +249,25 @@ def test_without_sulq_the_papers_log2_takes_its_place(vit: nn.Module, images: Te
     assert torch.equal(values, quantizer.scale * 2.0 ** -torch.arange(8.0))
 
 
+@pytest.mark.parametrize(
+    ("options", "kind"),
+    [
+        ({}, "sulq"),
+        ({"recipe": "fast"}, "log2"),
+        ({"recipe": "fast", "softmax": "sulq"}, "sulq"),
+        ({"softmax": "adalog"}, "adalog"),
+    ],
+)
+def test_the_recipe_says_the_softmax_quantizer_where_no_option_does(
+    vit: nn.Module, images: Tensor, options: dict[str, Any], kind: str
+) -> None:
+    quantized = quantize(vit, images, iterations=0, **options)
+    found = [quantizer for name, quantizer in quantizers_of(quantized, weights=False) if "matmul_av.left" in name]
+    assert {quantizer.kind for quantizer in found} == {kind}
+    if kind == "log2":
+        assert all(quantizer.zero_code and len(quantizer.percentiles) > 1 for quantizer in found)
+
+
 def test_an_unknown_softmax_quantizer_is_refused() -> None:
     with pytest.raises(IasvitError, match="softmax is 'sqrt', but there are sulq, log2, log2_searched"):
         IASViT(softmax="sqrt")

@@ -119,6 +119,8 @@ def test_the_fast_recipe_takes_at_most_a_fifth_of_the_images_and_most_in_stage_3
         images = [options["iterations"] * options["batch_size"] for options in (plain, fast)]
         assert 5 * images[1] <= images[0]
         assert "stage1_share" not in plain
+        assert "recipe" not in plain
+        assert fast["recipe"] == "fast"
         assert fast["stage1_share"] == RECIPES["fast"].stage1_share
     assert PAPER.by("fast").iterations == RECIPES["fast"].iterations[0]
     assert PAPER.by("fast").lr == RECIPES["fast"].lr
