@@ -42,7 +42,7 @@ MINI = Profile(
     iterations_6_bits=200,
     lr=1e-3,
     recipe="mini",
-    fast={"iterations": 54, "iterations_6_bits": 54, "stage1_share": 0.25, "batch_size": 8},
+    fast={"iterations": 52, "iterations_6_bits": 52, "stage1_share": 0.25, "batch_size": 8},
 )
 
 
