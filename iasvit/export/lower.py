@@ -12,6 +12,7 @@ import onnx.numpy_helper
 from torch import nn
 
 from iasvit.errors import IasvitError
+from iasvit.export.fusable import make_fusable
 from iasvit.export.graph import Graph
 from iasvit.export.operands import Operand, Plane, operand
 from iasvit.export.products import Emitter, conv_attributes
@@ -59,6 +60,8 @@ def lower(traced: onnx.ModelProto, model: nn.Module, target: str, vnni: bool, do
         IasvitError: a quantizer has no form; the message names its layer.
     """
     split_qkv(traced.graph, DOMAIN)
+    if target == "openvino":
+        make_fusable(traced.graph)
     graph = Graph("q_", centred=target == "openvino", double=double)
     work = _Lower(traced.graph, graph, Emitter(graph, target, vnni), Lowering())
     for node in traced.graph.node:
