@@ -20,9 +20,9 @@ def join_masks(graph: onnx.GraphProto) -> None:
     """Add up the two constants of a shifted window's attention, its bias of positions and its mask, before they are
     added to Q·Kᵀ.
 
-    OpenVINO 2026.4 then computes Q·Kᵀ, sum, softmax and A·V in one kernel, as in windows that are not shifted. With a
-    bias b, a mask of 0 or -100 and scores s, (s + b) + 0 = s + (b + 0), and e^(s + b - 100) is no more than 0 either
-    way.
+    OpenVINO 2026.4 adds them up when it loads the file. It then computes Q·Kᵀ, sum, softmax and A·V in one kernel, as
+    in windows that are not shifted. With a bias b, a mask of 0 or -100 and scores s, (s + b) + 0 = s + (b + 0), and
+    e^(s + b - 100) is no more than 0 either way.
 
     Args:
         graph: traced; what it matches is Add → Reshape to (batch, windows, heads, N, N) → Add → Reshape back, as timm
@@ -40,19 +40,18 @@ def join_masks(graph: onnx.GraphProto) -> None:
             chain.append(before)
         if len(chain) < 4 or chain[-1].op_type != "Add":
             continue
-        mask, bias = (_constant(graph, makers, chain[place].input[1]) for place in (1, 3))
-        if mask is None or bias is None or mask.ndim < 4 or bias.shape[-2:] != mask.shape[-2:]:
+        mask, bias, shape = (_constant(graph, makers, chain[place].input[1]) for place in (1, 3, 2))
+        if mask is None or bias is None or shape is None or len(shape) != 5:
             continue
-        windows = mask.reshape(-1, 1, *mask.shape[-2:])
-        name = back.output[0]
-        for what, value in (
-            ("both", windows + bias.reshape(-1, *bias.shape[-2:])),
-            ("windows", np.array([len(windows)], np.int64)),
-            ("ones", np.ones(3, np.int64)),
-        ):
-            graph.initializer.append(numpy_helper.from_array(value, f"{name}_{what}"))
-        scores = chain[3].input[0]
+        _, windows, _, *tokens = shape.tolist()
+        if mask.size != windows * tokens[0] * tokens[1]:  # it differs from head to head
+            continue
+        name, scores = back.output[0], chain[3].input[0]
+        for what, value in (("windows", [windows]), ("by_window", [windows, 1, *tokens]), ("ones", [1, 1, 1])):
+            graph.initializer.append(numpy_helper.from_array(np.array(value, np.int64), f"{name}_{what}"))
         joined[name] = [
+            helper.make_node("Reshape", [chain[1].input[1], f"{name}_by_window"], [f"{name}_mask"]),
+            helper.make_node("Add", [f"{name}_mask", chain[3].input[1]], [f"{name}_both"]),
             helper.make_node("Shape", [scores], [f"{name}_batch"], start=0, end=1),
             helper.make_node("Div", [f"{name}_batch", f"{name}_windows"], [f"{name}_images"]),
             helper.make_node("Concat", [f"{name}_images", f"{name}_ones"], [f"{name}_repeats"], axis=0),

@@ -66,7 +66,7 @@ def test_a_mask_joins_the_bias_and_the_softmax_stays_the_same(images: int) -> No
     expected = run(graph, x)
     join_masks(graph)
     kinds = [node.op_type for node in graph.node]
-    assert kinds[-6:] == ["Shape", "Div", "Concat", "Tile", "Add", "Softmax"]
+    assert kinds[-8:] == ["Reshape", "Add", "Shape", "Div", "Concat", "Tile", "Add", "Softmax"]
     assert np.array_equal(run(graph, x), expected)
 
 
