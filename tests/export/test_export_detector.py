@@ -16,13 +16,16 @@ from iasvit.export.compare import Comparison
 from iasvit.export.runtime import exported_twin
 
 
-def test_backbone_and_neck() -> None:
+@pytest.mark.parametrize("target", ["onnxruntime", "openvino"])
+def test_backbone_and_neck(target: str) -> None:
     """Windows that are filled up, shifts, merging, and the FPN's convolutions, of an image that no window divides."""
     skip_without_convolutions()
+    if target == "openvino":
+        pytest.importorskip("openvino", reason="the extra openvino is not installed")
     size = (72, 88)
     images = torch.cat(tiny_detectors.images(size, size, size))
     model = iasvit.quantize(tiny_detectors.detector(depths=(2, 1, 1, 1)), images[:2], "W4A4", "repq_vit")
-    comparison = Comparison(model, image_size=size)
+    comparison = Comparison(model, target, image_size=size)
     mine, theirs = comparison.run(images)
     assert len(mine) == len(theirs) == 5
     found = comparison.differences.values()
@@ -33,7 +36,7 @@ def test_backbone_and_neck() -> None:
         assert a.shape == b.shape
         assert torch.allclose(a, b, atol=1e-4)
     assert {form for path, form in comparison.forms.items() if path.startswith("neck")} == {"int8"}
-    twin = exported_twin(model, "onnxruntime")
+    twin = exported_twin(model, target)
     first, second = (tiny_detectors.predict(network, images[2:]) for network in (model, twin))
     assert len(first.scores) == len(second.scores)
     assert ties or torch.allclose(first.scores, second.scores, atol=1e-3)
