@@ -47,7 +47,7 @@ def test_this_repositorys_methods_are_registered() -> None:
     method = get_method("ias_vit", iterations=3)
     assert isinstance(method, IASViT)
     assert isinstance(method, Method)
-    assert (method.iterations, method.softmax, method.sos, method.variant) == (3, "sulq", True, "ias_vit")
+    assert (method.iterations, method.softmax, method.sos, method.variant) == (3, None, True, "ias_vit")
 
 
 @pytest.mark.parametrize(
