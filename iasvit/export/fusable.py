@@ -91,11 +91,12 @@ def _constant(graph: onnx.GraphProto, makers: dict[str, onnx.NodeProto], name: s
     """The value of a tensor that depends on initializers alone; None of another."""
     initializers = {tensor.name: tensor for tensor in graph.initializer}
     nodes: list[onnx.NodeProto] = []
-    wanted, used = [name], []
+    used: set[str] = set()
+    wanted = [name]
     while wanted:
         at = wanted.pop()
         if at in initializers:
-            used.append(initializers[at])
+            used.add(at)
         elif at not in makers or makers[at].domain:
             return None
         elif makers[at] not in nodes:
@@ -104,7 +105,8 @@ def _constant(graph: onnx.GraphProto, makers: dict[str, onnx.NodeProto], name: s
     if not nodes:
         return numpy_helper.to_array(initializers[name])
     order = [node for node in graph.node if node in nodes]
-    part = helper.make_graph(order, "constant", [], [helper.make_empty_tensor_value_info(name)], used)
+    output = helper.make_empty_tensor_value_info(name)
+    part = helper.make_graph(order, "constant", [], [output], [initializers[each] for each in used])
     (value,) = ReferenceEvaluator(helper.make_model(part)).run([name], {})
     return np.asarray(value)
 
