@@ -33,7 +33,7 @@ def run(graph: GraphProto, x: np.ndarray) -> np.ndarray:
     return session.run(None, {"x": x})[0]
 
 
-def windows(mask: str = "mask", read_twice: bool = False) -> GraphProto:
+def windows(mask: str = "mask", read_twice: bool = False, heads: int = 1) -> GraphProto:
     """Scores plus a bias, plus a mask for each window, then a softmax, as a traced Swin has it."""
     random = np.random.default_rng(0)
     nodes = [
@@ -51,9 +51,9 @@ def windows(mask: str = "mask", read_twice: bool = False) -> GraphProto:
         nodes,
         "y",
         bias=random.standard_normal((HEADS, TOKENS, TOKENS)).astype(np.float32),
-        mask=np.where(random.random((WINDOWS, TOKENS, TOKENS)) < 0.4, -100.0, 0.0).astype(np.float32),
+        mask=np.where(random.random((WINDOWS, heads, TOKENS, TOKENS)) < 0.4, -100.0, 0.0).astype(np.float32),
         first=np.array([0]),
-        outer=np.array([0, 2]),
+        outer=np.array([0]),
         parted=np.array([-1, WINDOWS, HEADS, TOKENS, TOKENS]),
         joined=np.array([-1, HEADS, TOKENS, TOKENS]),
     )
@@ -70,8 +70,8 @@ def test_a_mask_joins_the_bias_and_the_softmax_stays_the_same(images: int) -> No
     assert np.array_equal(run(graph, x), expected)
 
 
-@pytest.mark.parametrize("graph", [windows(mask="x"), windows(read_twice=True)])
-def test_a_mask_that_is_no_constant_or_a_sum_that_is_read_elsewhere_stays(graph: GraphProto) -> None:
+@pytest.mark.parametrize("graph", [windows(mask="x"), windows(read_twice=True), windows(heads=HEADS)])
+def test_a_mask_of_the_input_or_of_each_head_or_a_sum_that_is_read_elsewhere_stays(graph: GraphProto) -> None:
     before = graph.SerializeToString()
     join_masks(graph)
     assert graph.SerializeToString() == before
